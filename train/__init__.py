@@ -1,0 +1,1 @@
+"""Training of GenDR: degradations, data, pair making and the training runs. Not needed to use a model."""
