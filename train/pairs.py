@@ -1,0 +1,326 @@
+"""Ready pairs for training on a CPU: crops, their degraded copies, and optionally a frozen teacher's results.
+
+    python -m train.pairs --data DIR --out DIR --count N --crop 192 --mix tiny --seed 0
+        [--teacher MODEL.param MODEL.bin] [--workers 1] [--weights cid22=1.5,budgie=.5] [--drawn .05]
+
+A shard is `pairs-00000.json` (written last: without it a shard does not count) beside uint8 arrays that can
+be memory mapped: `.hr.npy` (n h w 3), `.lr.npy` (n h/4 w/4 3), `.teacher.npy` (n h w 3). Pair i depends on the
+options, the pictures and i alone; complete shards are skipped, so a run can be broken off and extended.
+
+Where the folder holds a `manifest.csv` with the columns `file` and `source`, --weights multiplies the
+chance of each source's pictures (default 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from train import degrade, teacher
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SHARD = 1024
+SHRINK = (0.5, 1.0)  # now and then a source is made smaller first, so that scales vary
+SHRINK_SHARE = 0.35
+FLAT = 4.0  # standard deviation in 1/255 below which a crop is drawn anew (twice at most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All that decides what pair i is, apart from the pictures."""
+
+    crop: int = 192
+    mix: str = "tiny"
+    seed: int = 0
+    scale: int = 4
+    drawn: float = 0.05
+    weights: tuple[tuple[str, float], ...] = ()
+
+
+class Source:
+    """The pictures of a folder, drawn by weight. Bad files are named once on stderr and never drawn again."""
+
+    def __init__(self, folder: Path, weights: dict[str, float]):
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+        if not self.paths:
+            raise SystemExit(f"no pictures in {folder}: give a folder that holds some")
+        sources = {}
+        if (folder / "manifest.csv").exists():
+            with open(folder / "manifest.csv", newline="", encoding="utf-8") as file:
+                sources = {row["file"]: row["source"] for row in csv.DictReader(file)}
+        unknown = set(weights) - set(sources.values())
+        if unknown:
+            raise SystemExit(
+                f"--weights names {sorted(unknown)}: manifest.csv has {sorted(set(sources.values()))}"
+            )
+        shares = [weights.get(sources.get(str(p.relative_to(folder)), ""), 1.0) for p in self.paths]
+        self.edges = np.cumsum(np.asarray(shares, np.float64))
+        self.bad: set[int] = set()
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """A whole picture, `h w 3` uint8."""
+        for _ in range(100):
+            i = int(np.searchsorted(self.edges, rng.random() * self.edges[-1], "right"))
+            i = min(i, len(self.paths) - 1)
+            if i in self.bad:
+                continue
+            try:
+                return _decoded(self.paths[i])
+            except (OSError, ValueError, SyntaxError) as error:
+                self.bad.add(i)
+                print(f"skipped {self.paths[i].name}: {error}", file=sys.stderr)
+        raise SystemExit("a hundred pictures in a row could not be read: look at --data")
+
+
+@functools.lru_cache(
+    maxsize=1200
+)  # about 0.6 MB each at 512 px: WebP decoding costs more than a degradation
+def _decoded(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz" * 3 + "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;-!?&%()/"
+
+
+@functools.cache
+def _font(size: int):
+    return ImageFont.load_default(size)  # Pillow carries one outline font
+
+
+def drawn_crop(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A page of random words, or of lines and shapes, `side side 3` uint8; drawn at twice the size."""
+    big = 2 * side
+    paper = rng.integers(0, 256, 3)
+    if rng.random() < 0.5:
+        paper = np.full(3, rng.choice([0, 16, 235, 255]))
+    ink = np.where(paper.mean() > 127, rng.integers(0, 90, 3), rng.integers(165, 256, 3))
+    page = Image.new("RGB", (big, big), tuple(int(v) for v in paper))
+    pen = ImageDraw.Draw(page)
+    if rng.random() < 0.6:
+        y = -int(rng.integers(0, 30))
+        while y < big:
+            size = int(rng.integers(16, 80))
+            words = "".join(
+                " " if rng.random() < 0.17 else _LETTERS[int(rng.integers(len(_LETTERS)))]
+                for _ in range(2 * big // size + 8)
+            )
+            pen.text(
+                (int(rng.integers(-40, 20)), y),
+                words,
+                fill=tuple(int(v) for v in ink),
+                font=_font(size),
+            )
+            y += int(size * rng.uniform(1.0, 1.5))
+        angle = rng.normal(0, 4) if rng.random() < 0.3 else 0.0
+    else:
+        for _ in range(int(rng.integers(6, 24))):
+            box = rng.integers(-big // 4, big * 5 // 4, 4)
+            colour = tuple(int(v) for v in (ink if rng.random() < 0.7 else rng.integers(0, 256, 3)))
+            width = int(rng.integers(1, 9))
+            shape = int(rng.integers(4))
+            corners = [int(v) for v in (*np.sort(box[::2]), *np.sort(box[1::2]))]
+            corners = [corners[0], corners[2], corners[1], corners[3]]
+            if shape == 0:
+                pen.line([int(v) for v in box], fill=colour, width=width)
+            elif shape == 1:
+                pen.ellipse(corners, outline=colour, width=width)
+            elif shape == 2:
+                pen.rectangle(corners, outline=colour, width=width)
+            else:
+                points = rng.integers(0, big, (int(rng.integers(3, 6)), 2))
+                pen.polygon([tuple(int(v) for v in p) for p in points], fill=colour)
+        angle = 0.0
+    if angle:
+        page = page.rotate(angle, Image.Resampling.BICUBIC, fillcolor=tuple(int(v) for v in paper))
+    return np.asarray(page.resize((side, side), Image.Resampling.BOX))
+
+
+def crop(source: Source, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """One high-resolution crop, `side side 3` uint8."""
+    side = options.crop
+    if rng.random() < options.drawn:
+        return drawn_crop(side, rng)
+    for _ in range(3):
+        pixels = source.draw(rng)
+        factor = float(rng.uniform(*SHRINK)) if rng.random() < SHRINK_SHARE else 1.0
+        h, w = pixels.shape[:2]
+        factor = max(
+            factor, side / min(h, w)
+        )  # never below the crop; small pictures are made larger
+        if factor != 1.0:
+            size = (max(side, round(w * factor)), max(side, round(h * factor)))
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+            h, w = pixels.shape[:2]
+        top, left = int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1))
+        found = pixels[top : top + side, left : left + side]
+        if rng.random() < 0.5:
+            found = found[:, ::-1]
+        if found[::4, ::4].std() >= FLAT:
+            break
+    return np.ascontiguousarray(found)
+
+
+def pair(source: Source, options: Options, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pair `index`: crop `h w 3` and degraded copy `h/4 w/4 3`, uint8."""
+    rng = np.random.default_rng([options.seed, index])
+    hr = crop(source, options, rng)
+    seed = int(rng.integers(2**63))
+    lr = degrade.degrade(hr, kind="mixed", mix=options.mix, seed=seed, scale=options.scale)
+    return hr, lr
+
+
+_worker: tuple[Source, Options] | None = None
+
+
+def _start(folder: Path, options: Options) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = (Source(folder, dict(options.weights)), options)
+
+
+def _work(index: int) -> tuple[np.ndarray, np.ndarray]:
+    return pair(*_worker, index)
+
+
+def _write(path: Path, write) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def make(
+    folder: Path,
+    out: Path,
+    count: int,
+    options: Options,
+    *,
+    model: teacher.Teacher | None = None,
+    workers: int = 1,
+    batch: int = 16,
+    shard: int = SHARD,
+) -> Iterator[str]:
+    """Write the shards that are missing; yields a line about each. ValueError when `out` holds others."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "format": 1,
+        "options": json.loads(json.dumps(asdict(options))),
+        "codecs": degrade.report(),
+        "teacher": model.digest if model else None,
+    }
+    context = get_context("spawn")
+    pool = None
+    if workers > 1:
+        pool = context.Pool(workers, _start, (folder, options))
+    else:
+        source = Source(folder, dict(options.weights))
+    try:
+        for number in range(-(-count // shard)):
+            n = min(shard, count - number * shard)
+            stem = out / f"pairs-{number:05d}"
+            done = stem.with_suffix(".json")
+            if done.exists():
+                old = json.loads(done.read_text())
+                if {k: old.get(k) for k in about} != about:
+                    raise ValueError(f"{done} was made with other options: choose another --out")
+                if old["count"] >= n:
+                    yield f"{done.name}: there already"
+                    continue
+            start = time.perf_counter()
+            side, low = options.crop, options.crop // options.scale
+            hr = np.empty((n, side, side, 3), np.uint8)
+            lr = np.empty((n, low, low, 3), np.uint8)
+            taught = np.empty_like(hr) if model else None
+            first = number * shard
+            indices = range(first, first + n)
+            made = (
+                pool.imap(_work, indices, 16)
+                if pool
+                else (pair(source, options, i) for i in indices)
+            )
+            for i, (hr[i], lr[i]) in enumerate(made):
+                pass
+            if model:
+                for at in range(0, n, batch):
+                    taught[at : at + batch] = model.restore(lr[at : at + batch])
+            for name, array in (("hr", hr), ("lr", lr), ("teacher", taught)):
+                if array is not None:
+                    path = out / f"{stem.name}.{name}.npy"
+                    _write(path, lambda file, array=array: np.save(file, array))
+            record = json.dumps(about | {"first": first, "count": n}, indent=1)
+            _write(done, lambda file, record=record: file.write(record.encode()))
+            seconds = time.perf_counter() - start
+            yield f"{done.name}: {n} pairs in {seconds:.0f} s, {n / seconds:.1f} per second"
+    finally:
+        if pool:
+            pool.terminate()
+
+
+def _weights(text: str) -> tuple[tuple[str, float], ...]:
+    try:
+        found = [(k, float(v)) for k, v in (part.split("=") for part in text.split(",") if part)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write source=factor,source=factor") from error
+    if any(v < 0 for _, v in found):
+        raise argparse.ArgumentTypeError("factors must not be negative")
+    return tuple(sorted(found))
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m train.pairs", description=__doc__.splitlines()[0])
+    p.add_argument("--data", type=Path, required=True, help="folder of pictures")
+    p.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    p.add_argument("--count", type=int, required=True, help="pairs in all")
+    p.add_argument("--crop", type=int, default=192, help="side of the high-resolution crop (192)")
+    p.add_argument("--mix", choices=tuple(degrade.MIXES), default="tiny")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--drawn", type=float, default=0.05, help="share of rendered text and line art (0.05)"
+    )
+    p.add_argument("--weights", type=_weights, default=(), metavar="SOURCE=FACTOR,...")
+    p.add_argument("--teacher", type=Path, nargs=2, metavar=("MODEL.param", "MODEL.bin"))
+    p.add_argument("--fp32", action="store_true", help="run the teacher in float32 (bfloat16)")
+    p.add_argument("--device", default="cpu", help="where the teacher runs (cpu)")
+    p.add_argument("--workers", type=int, default=1, help="processes that degrade (1)")
+    p.add_argument("--threads", type=int, default=0, help="torch threads (its own choice)")
+    args = p.parse_args(argv)
+    if args.crop < 4 or args.crop % 4:
+        p.error(f"--crop {args.crop} is not a multiple of 4")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = Options(
+        crop=args.crop, mix=args.mix, seed=args.seed, drawn=args.drawn, weights=args.weights
+    )
+    try:
+        model = None
+        if args.teacher:
+            model = teacher.load(*args.teacher)
+            model = model.to(args.device, torch.float32 if args.fp32 else torch.bfloat16)
+        for line in make(
+            args.data, args.out, args.count, options, model=model, workers=args.workers
+        ):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
