@@ -1,9 +1,9 @@
 """Degradations: a high-resolution crop becomes the low-resolution picture a restorer is trained on.
 
-Four kinds. `realesrgan` is the second-order pipeline of Real-ESRGAN (arXiv 2107.10833, the published
-x4 options), `apisr` the compression-heavy one of APISR (arXiv 2403.01598), `mild` a single light
-pass for small models, `clean` plain antialiased bicubic. `mixed` draws one of them by a mix's weights.
-Every range stands in the tables below and nowhere else.
+Four kinds. `realesrgan` is the second-order pipeline of Real-ESRGAN (arXiv 2107.10833, the
+published x4 options), `apisr` the compression-heavy one of APISR (arXiv 2403.01598), `mild` a
+single light pass for small models, `clean` plain antialiased bicubic. `mixed` draws one of them by
+a mix's weights. Every range stands in the tables below and nowhere else.
 
 A sample depends on its pixels and its seed alone, never on the process that makes it.
 
@@ -17,11 +17,14 @@ files, and Poisson counts above 4 come from the Cornish-Fisher expansion of the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +54,7 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True)
 class Resize:
-    """Random resize: probabilities of up, down and keep; factors; where in its stage it may stand."""
+    """Random resize: probabilities of up, down, keep; factors; its possible places."""
 
     up: float
     down: float
@@ -72,7 +75,7 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """One lossy codec, its weight, and the range of its quality (JPEG, WebP, AVIF), qscale or crf."""
+    """A lossy codec, its weight, and the range of its quality, qscale or crf."""
 
     name: str
     weight: float
@@ -81,7 +84,7 @@ class Codec:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One order of degradation: blur, resize, noise and, where `codecs` is not empty, compression."""
+    """One order of degradation: blur, resize, noise and, given codecs, compression."""
 
     blur: float
     kernels: Kernels
@@ -92,8 +95,9 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Stages and the last step. `sinc` None: resize, then compress. Otherwise the pair [resize, sinc
-    filter with this probability] stands before or after the compression, half the time each."""
+    """Stages and the last step. `sinc` None: resize, then compress. Otherwise the pair [resize,
+    sinc filter with this probability] stands before or after the compression, half the time
+    each."""
 
     stages: tuple[Stage, ...]
     sinc: float | None
@@ -190,7 +194,7 @@ KINDS = ("realesrgan", "apisr", "mild", "clean", "mixed")
 
 @dataclass
 class _Sample:
-    """What the steps of one sample share: the generator and, where wanted, a trace of what was done."""
+    """What the steps of one sample share: the generator and, where wanted, a trace."""
 
     rng: np.random.Generator
     trace: list[str] | None = field(default=None)
@@ -222,7 +226,8 @@ def gaussian_kernel(
 ) -> np.ndarray:
     """`side side` float64 kernel that sums to 1, from q = x' S^-1 x with S the rotated covariance.
 
-    gaussian exp(-q/2), generalised exp(-q^beta / 2), plateau 1 / (1 + q^beta). Real-ESRGAN, section 3.2.
+    gaussian exp(-q/2), generalised exp(-q^beta / 2), plateau 1 / (1 + q^beta). Real-ESRGAN, section
+    3.2.
     """
     sigma_y = sigma_x if sigma_y is None else sigma_y
     at = np.arange(side, dtype=np.float64) - side // 2
@@ -241,7 +246,7 @@ def gaussian_kernel(
 
 
 def sinc_kernel(side: int, omega: float) -> np.ndarray:
-    """`side side` float64 kernel of the circular low pass with cut-off `omega` (radians per pixel), sum 1."""
+    """`side side` float64 kernel, sum 1: circular low pass to `omega` radians per pixel."""
     at = np.arange(side, dtype=np.float64) - side // 2
     r = np.hypot(at[None, :], at[:, None])
     r[side // 2, side // 2] = 1.0
@@ -257,7 +262,8 @@ def _side(sample: _Sample, sides: tuple[int, int]) -> int:
 
 
 def _beta(sample: _Sample, bounds: tuple[float, float]) -> float:
-    # half of the draws below 1 (heavier tails), half above; a range that starts at 1 gives 1 for them
+    # half of the draws below 1 (heavier tails), half above; a range that starts at 1 gives 1 for
+    # them
     low, high = bounds
     return sample.uniform((low, 1.0) if sample.chance(0.5) else (1.0, high))
 
@@ -333,8 +339,9 @@ def resize(
 
 
 def _poisson(rng: np.random.Generator, mean: np.ndarray) -> np.ndarray:
-    """Poisson counts, float32. Below 4 exact; above, the second-order Cornish-Fisher expansion, which
-    has the right mean, variance and skewness and costs a normal draw (the exact one: ten times that)."""
+    """Poisson counts, float32. Below 4 exact; above, the second-order Cornish-Fisher expansion,
+    which has the right mean, variance and skewness and costs a normal draw (the exact one: ten
+    times that)."""
     z = rng.standard_normal(mean.shape, dtype=np.float32)
     counts = np.rint(mean + np.sqrt(mean) * z + (z * z - 1) / 6)
     low = mean < 4
@@ -354,8 +361,8 @@ def gaussian_noise(
 def poisson_noise(
     x: torch.Tensor, strength: float, grey: bool, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Add shot noise to `c h w` in [0,1]; the light level is the power of two that holds the picture's
-    distinct values, as in Real-ESRGAN; not clamped."""
+    """Add shot noise to `c h w` in [0,1]; the light level is the power of two that holds the
+    picture's distinct values, as in Real-ESRGAN; not clamped."""
     clean = (x * 255).round().clamp(0, 255).to(torch.uint8)
     if grey:
         weights = torch.tensor([0.2989, 0.5870, 0.1140])[:, None, None]
@@ -382,21 +389,21 @@ def codecs() -> dict[str, bool]:
     """Every codec the tables name and whether it works here (each one is tried once)."""
     names = {c.name for p in (REALESRGAN, APISR) for c in p.codecs}
     names |= {c.name for p in (REALESRGAN, APISR) for s in p.stages for c in s.codecs}
-    found = {}
+    found, missing = {}, {}
     flat = np.full((32, 32, 3), 128, np.uint8)
     for name in sorted(names):
         try:
             if name in ("webp", "avif") and not features.check(name):
-                raise OSError(name)
+                raise OSError("not built into Pillow")
             compress(flat, name, 30)
-            found[name] = True
-        except Exception:  # a codec may fail in any way it likes: then it is not there
-            found[name] = False
-    missing = [name for name, works in found.items() if not works]
+        except Exception as error:  # libraries fail in ways of their own
+            missing.setdefault(str(error), []).append(name)
+        found[name] = not any(name in group for group in missing.values())
     if missing:
+        reasons = "; ".join(f"{', '.join(group)} ({why})" for why, group in missing.items())
         warnings.warn(
-            f"codecs not available: {', '.join(missing)}; their shares go to the others "
-            "(install PyAV for the video codecs)",
+            f"codecs not available: {reasons}; their shares go to the others "
+            "(the video codecs need PyAV)",
             stacklevel=3,
         )
     return found
@@ -427,8 +434,8 @@ def report() -> dict:
 def compress(
     pixels: np.ndarray, name: str, quality: int, method: int = 4, preset: str = "medium"
 ) -> np.ndarray:
-    """`h w 3` uint8 through a codec and back. `quality` is the codec's own scale: 1-100 for JPEG, WebP
-    and AVIF, qscale for MPEG-2 and MPEG-4, crf for H.264 and H.265."""
+    """`h w 3` uint8 through a codec and back. `quality` is the codec's own scale: 1-100 for JPEG,
+    WebP and AVIF, qscale for MPEG-2 and MPEG-4, crf for H.264 and H.265."""
     if name in VIDEO_ENCODERS:
         return _compress_video(pixels, name, quality, preset)
     options = {
@@ -446,21 +453,23 @@ def compress(
 
 
 def _compress_video(pixels: np.ndarray, name: str, quality: int, preset: str) -> np.ndarray:
-    """One intra frame in yuv420p. Odd sizes are padded by their last row or column and cut again."""
+    """One intra frame in yuv420p; odd sizes are padded by an edge pixel and cut again."""
     import av
 
     h, w = pixels.shape[:2]
     padded = np.pad(pixels, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
     encoder = av.CodecContext.create(VIDEO_ENCODERS[name], "w")
     encoder.width, encoder.height, encoder.pix_fmt = padded.shape[1], padded.shape[0], "yuv420p"
-    encoder.time_base = "1/25"
+    encoder.time_base = Fraction(1, 25)
     encoder.thread_count = 1
     if name in ("h264", "h265"):
         encoder.options = {"crf": str(quality), "preset": preset}
         if name == "h265":
             encoder.options |= {"x265-params": "log-level=none:pools=none:frame-threads=1"}
     else:
-        encoder.options = {"flags": "+qscale", "global_quality": str(quality * 118)}
+        # the ffmpeg program sets -qscale on every frame, which PyAV cannot: leave no other choice
+        # instead
+        encoder.options = {"qmin": str(quality), "qmax": str(quality)}
     frame = av.VideoFrame.from_ndarray(padded, format="rgb24").reformat(format="yuv420p")
     frame.pts = 0
     packets = [*encoder.encode(frame), *encoder.encode(None)]
@@ -556,6 +565,20 @@ def _run_mild(x: torch.Tensor, table: Mild, size: tuple[int, int], sample: _Samp
     return x
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread. Sums are split differently among threads, and the last bit of a float
+    decides now and then how a pixel is rounded: a loader's worker would not repeat its parent."""
+    threads = torch.get_num_threads()
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
+
+
 def degrade(
     hr: np.ndarray,
     *,
@@ -567,9 +590,10 @@ def degrade(
 ) -> np.ndarray:
     """The low-resolution picture of a crop.
 
-    hr: `h w 3` uint8, h and w multiples of `scale`. Returns `h/scale w/scale 3` uint8. `kind` is one of
-    KINDS; `mixed` draws it from MIXES[mix]. The same pixels and seed give the same result anywhere.
-    `trace`, if given, is filled with the steps in words. ValueError for a wrong shape, kind or mix.
+    hr: `h w 3` uint8, h and w multiples of `scale`. Returns `h/scale w/scale 3` uint8. `kind` is
+    one of KINDS; `mixed` draws it from MIXES[mix]. The same pixels and seed give the same result
+    anywhere. `trace`, if given, is filled with the steps in words. ValueError for a wrong shape,
+    kind or mix.
     """
     if hr.ndim != 3 or hr.shape[2] != 3 or hr.dtype != np.uint8:
         raise ValueError(
@@ -589,10 +613,11 @@ def degrade(
     size = (h // scale, w // scale)
     if kind == "clean":
         return np.asarray(Image.fromarray(hr).resize(size[::-1], Image.Resampling.BICUBIC))
-    x = _to_float(hr)
-    if kind == "mild":
-        return _to_bytes(_run_mild(x, MILD, size, sample))
-    return _to_bytes(_run(x, REALESRGAN if kind == "realesrgan" else APISR, size, sample))
+    with _one_thread():
+        x = _to_float(hr)
+        if kind == "mild":
+            return _to_bytes(_run_mild(x, MILD, size, sample))
+        return _to_bytes(_run(x, REALESRGAN if kind == "realesrgan" else APISR, size, sample))
 
 
 def sheet(
@@ -605,7 +630,7 @@ def sheet(
     seed: int = 0,
     columns: int = 4,
 ) -> None:
-    """A picture of pairs: crop on the left, its degraded copy enlarged by nearest neighbour on the right."""
+    """A picture of pairs: crop on the left, its degraded copy, enlarged, on the right."""
     from PIL import ImageDraw
 
     cells = []

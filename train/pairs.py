@@ -1,14 +1,17 @@
-"""Ready pairs for training on a CPU: crops, their degraded copies, and optionally a frozen teacher's results.
+"""Ready pairs for training on a CPU: crops, their degraded copies, and optionally a frozen
+teacher's results.
 
     python -m train.pairs --data DIR --out DIR --count N --crop 192 --mix tiny --seed 0
-        [--teacher MODEL.param MODEL.bin] [--workers 1] [--weights cid22=1.5,budgie=.5] [--drawn .05]
+        [--teacher MODEL.param MODEL.bin] [--workers 1] [--weights cid22=1.5,budgie=.5]
+        [--drawn .05]
 
-A shard is `pairs-00000.json` (written last: without it a shard does not count) beside uint8 arrays that can
-be memory mapped: `.hr.npy` (n h w 3), `.lr.npy` (n h/4 w/4 3), `.teacher.npy` (n h w 3). Pair i depends on the
-options, the pictures and i alone; complete shards are skipped, so a run can be broken off and extended.
+A shard is `pairs-00000.json` (written last: without it a shard does not count) beside uint8 arrays
+that can be memory mapped: `.hr.npy` (n h w 3), `.lr.npy` (n h/4 w/4 3), `.teacher.npy` (n h w 3).
+Pair i depends on the options, the pictures and i alone; complete shards are skipped, so a run can
+be broken off and extended.
 
-Where the folder holds a `manifest.csv` with the columns `file` and `source`, --weights multiplies the
-chance of each source's pictures (default 1).
+Where the folder holds a `manifest.csv` with the columns `file` and `source`, --weights multiplies
+the chance of each source's pictures (default 1).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -29,9 +33,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from train import degrade, teacher
+from train import data, degrade, teacher
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SHARD = 1024
 SHRINK = (0.5, 1.0)  # now and then a source is made smaller first, so that scales vary
 SHRINK_SHARE = 0.35
@@ -51,46 +54,42 @@ class Options:
 
 
 class Source:
-    """The pictures of a folder, drawn by weight. Bad files are named once on stderr and never drawn again."""
+    """The pictures of a folder, drawn by weight. Bad ones are named once and not drawn again."""
 
     def __init__(self, folder: Path, weights: dict[str, float]):
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
-        if not self.paths:
-            raise SystemExit(f"no pictures in {folder}: give a folder that holds some")
+        self.entries = data.find(folder)
         sources = {}
         if (folder / "manifest.csv").exists():
             with open(folder / "manifest.csv", newline="", encoding="utf-8") as file:
                 sources = {row["file"]: row["source"] for row in csv.DictReader(file)}
-        unknown = set(weights) - set(sources.values())
+        unknown = sorted(set(weights) - set(sources.values()))
         if unknown:
-            raise SystemExit(
-                f"--weights names {sorted(unknown)}: manifest.csv has {sorted(set(sources.values()))}"
-            )
-        shares = [weights.get(sources.get(str(p.relative_to(folder)), ""), 1.0) for p in self.paths]
+            known = ", ".join(sorted(set(sources.values()))) or "no sources"
+            raise data.DataError(f"--weights names {', '.join(unknown)}: manifest.csv has {known}")
+        shares = [weights.get(sources.get(entry.name, ""), 1.0) for entry in self.entries]
         self.edges = np.cumsum(np.asarray(shares, np.float64))
+        if not self.edges[-1]:
+            raise data.DataError("--weights leaves no picture: give one source a factor above 0")
         self.bad: set[int] = set()
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """A whole picture, `h w 3` uint8."""
-        for _ in range(100):
+        for _ in range(data.TRIES):
             i = int(np.searchsorted(self.edges, rng.random() * self.edges[-1], "right"))
-            i = min(i, len(self.paths) - 1)
+            i = min(i, len(self.entries) - 1)
             if i in self.bad:
                 continue
             try:
-                return _decoded(self.paths[i])
-            except (OSError, ValueError, SyntaxError) as error:
+                return _decoded(self.entries[i])
+            except (data.BadPicture, OSError) as error:
                 self.bad.add(i)
-                print(f"skipped {self.paths[i].name}: {error}", file=sys.stderr)
-        raise SystemExit("a hundred pictures in a row could not be read: look at --data")
+                warnings.warn(f"skipped {self.entries[i].name}: {error}", stacklevel=2)
+        raise data.DataError(f"{data.TRIES} pictures in a row could not be used: look at --data")
 
 
-@functools.lru_cache(
-    maxsize=1200
-)  # about 0.6 MB each at 512 px: WebP decoding costs more than a degradation
-def _decoded(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+@functools.lru_cache(maxsize=1200)  # 0.6 MB each at 512 px; decoding costs more than degrading
+def _decoded(entry: data.Entry) -> np.ndarray:
+    return data.decode(entry.read())
 
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz" * 3 + "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;-!?&%()/"
@@ -102,7 +101,7 @@ def _font(size: int):
 
 
 def drawn_crop(side: int, rng: np.random.Generator) -> np.ndarray:
-    """A page of random words, or of lines and shapes, `side side 3` uint8; drawn at twice the size."""
+    """Random words, or lines and shapes, `side side 3` uint8; drawn at twice the size."""
     big = 2 * side
     paper = rng.integers(0, 256, 3)
     if rng.random() < 0.5:
@@ -189,6 +188,7 @@ _worker: tuple[Source, Options] | None = None
 def _start(folder: Path, options: Options) -> None:
     global _worker
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "codecs not available")  # the parent has said so
     _worker = (Source(folder, dict(options.weights)), options)
 
 
@@ -216,7 +216,7 @@ def make(
     batch: int = 16,
     shard: int = SHARD,
 ) -> Iterator[str]:
-    """Write the shards that are missing; yields a line about each. ValueError when `out` holds others."""
+    """Write the missing shards, a line about each. ValueError when `out` holds others."""
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "format": 1,
@@ -224,10 +224,9 @@ def make(
         "codecs": degrade.report(),
         "teacher": model.digest if model else None,
     }
-    context = get_context("spawn")
     pool = None
     if workers > 1:
-        pool = context.Pool(workers, _start, (folder, options))
+        pool = get_context("spawn").Pool(workers, _start, (folder, options))
     else:
         source = Source(folder, dict(options.weights))
     try:
@@ -254,12 +253,12 @@ def make(
                 if pool
                 else (pair(source, options, i) for i in indices)
             )
-            for i, (hr[i], lr[i]) in enumerate(made):
-                pass
+            for i, (crop_i, low_i) in enumerate(made):
+                hr[i], lr[i] = crop_i, low_i
             if model:
                 for at in range(0, n, batch):
                     taught[at : at + batch] = model.restore(lr[at : at + batch])
-            for name, array in (("hr", hr), ("lr", lr), ("teacher", taught)):
+            for name, array in (("lr", lr), ("teacher", taught), ("hr", hr)):
                 if array is not None:
                     path = out / f"{stem.name}.{name}.npy"
                     _write(path, lambda file, array=array: np.save(file, array))

@@ -1,7 +1,7 @@
 """A frozen teacher: the "compact" SRVGG network of Real-ESRGAN, read from ncnn .param/.bin files.
 
-Layout: convolution 3x3 and PReLU in turn, a last convolution to 3 s^2 channels, pixel shuffle by s, and the
-input enlarged by nearest neighbour added (Real-ESRGAN, SRVGGNetCompact).
+Layout: convolution 3x3 and PReLU in turn, a last convolution to 3 s^2 channels, pixel shuffle by s,
+and the input enlarged by nearest neighbour added (Real-ESRGAN, SRVGGNetCompact).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Teacher(nn.Module):
 
 
 class _Reader:
-    """Takes arrays off an ncnn .bin file one after the other; each starts at a multiple of 4 bytes."""
+    """Takes arrays off an ncnn .bin file in order; each starts at a multiple of 4 bytes."""
 
     def __init__(self, path: Path):
         self.path, self.data, self.at = path, path.read_bytes(), 0
@@ -78,7 +78,7 @@ class _Reader:
 
 
 def load(param: str | Path, weights: str | Path) -> Teacher:
-    """Read a compact network. TeacherError when the graph is another one or the files do not match."""
+    """Read a compact network. TeacherError for another graph or files that do not match."""
     param, weights = Path(param), Path(weights)
     try:
         lines = [line.split() for line in param.read_text().splitlines() if line.strip()]
@@ -110,9 +110,9 @@ def load(param: str | Path, weights: str | Path) -> Teacher:
             scale = int(option["0"])
             tail.append(layer)
         elif layer == "Interp" and option.get("0") == 1 and option["1"] == option["2"] == scale:
-            tail.append(layer)
+            tail.append(layer)  # nearest neighbour
         elif layer == "BinaryOp" and not option.get("0"):
-            tail.append(layer)
+            tail.append(layer)  # addition
         elif layer not in ("Input", "Split"):
             raise TeacherError(f"layer {words[1]} ({layer}) is not part of a compact SRVGG network")
     whole = tail == ["PixelShuffle", "Interp", "BinaryOp"] and len(convolutions) == len(slopes) + 1

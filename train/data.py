@@ -1,0 +1,324 @@
+"""Pictures for training: folders and tar shards, captions, crops, and degraded copies.
+
+A sample is decided by (seed, epoch, index) and the files, whichever worker makes it. Files that
+cannot be used (cut, too small, of a mode that loses something in 8-bit RGB) are replaced by others,
+named once and counted; they never end a run.
+
+    dataset = Pictures("photos", crop=512, degradation=Degradation("mixed", mix="paper"))
+    loader = DataLoader(dataset, batch_size=8, sampler=Order(len(dataset), seed=0), num_workers=4)
+    for batch in dataset.watch(loader):   # endless
+        batch["hr"], batch["lr"], batch["caption"], batch["name"]
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+from train import degrade
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "YCbCr"}
+SMALLEST = 64  # pixels of the short side; below that enlarging makes no training picture
+TRIES = 50  # replacements for one sample before the data are called unusable
+
+
+class DataError(ValueError):
+    """The data as a whole cannot be used."""
+
+
+class BadPicture(ValueError):
+    """One picture cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a picture and its caption are: a file, or `size` bytes at `offset` of a tar."""
+
+    path: Path
+    name: str
+    offset: int = -1
+    size: int = 0
+    caption: tuple[str, int, int] | str = ""  # the words, or (ending, offset, size) inside the tar
+
+    def read(self) -> bytes:
+        if self.offset < 0:
+            return self.path.read_bytes()
+        return _slice(self.path, self.offset, self.size)
+
+    def words(self) -> str:
+        """The caption, read late; empty when there is none or it cannot be read."""
+        try:
+            if isinstance(self.caption, tuple):
+                ending, offset, size = self.caption
+                return _caption(_slice(self.path, offset, size).decode("utf-8"), ending)
+            if self.caption:
+                return self.caption
+            beside = self.path.with_suffix(".txt")
+            if self.offset < 0 and beside.exists():
+                return _caption(beside.read_text(encoding="utf-8"), ".txt")
+        except (OSError, ValueError):
+            pass
+        return ""
+
+
+def _slice(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _caption(text: str, ending: str) -> str:
+    if ending == ".json":
+        record = json.loads(text)
+        text = record.get("caption") or record.get("text") or ""
+    return " ".join(text.split())
+
+
+def find(source: str | Path) -> list[Entry]:
+    """Every picture below a folder (recursively, by name), inside its tars, or inside one tar.
+
+    Captions: `name.txt` beside the picture; lines {"file": ..., "caption" or "text": ...} of any
+    .jsonl in the folder, with paths relative to it; in a tar `key.txt` or `key.json` beside
+    `key.jpg`. DataError when there is no picture at all.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise DataError(f"no such folder or tar: {source}")
+    if source.is_file():
+        entries = _tar_entries(source)
+    else:
+        captions = _jsonl_captions(source)
+        entries = []
+        for path in sorted(p for p in source.rglob("*") if p.is_file()):
+            name = path.relative_to(source).as_posix()
+            if any(part.startswith(".") for part in name.split("/")):
+                continue
+            if path.suffix.lower() in ENDINGS:
+                entries.append(Entry(path, name, caption=captions.get(name, "")))
+            elif path.suffix.lower() == ".tar":
+                entries.extend(_tar_entries(path))
+    if not entries:
+        raise DataError(
+            f"no pictures in {source}: expected {', '.join(sorted(ENDINGS))} or .tar shards"
+        )
+    return entries
+
+
+def _jsonl_captions(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                words = record.get("caption") or record.get("text") or ""
+                file = (path.parent / record["file"]).relative_to(folder).as_posix()
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise DataError(
+                    f"{path.name}, line {number}: needs an object with file and caption ({error})"
+                ) from error
+            found[file] = " ".join(str(words).split())
+    return found
+
+
+def _tar_entries(path: Path) -> list[Entry]:
+    """Pictures of a tar by their place in it; of a cut tar, those before the cut."""
+    members: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    members[member.name.removeprefix("./")] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        warnings.warn(f"{path.name} is damaged after {len(members)} members: {error}", stacklevel=3)
+    end = path.stat().st_size
+    entries = []
+    for name, (offset, size) in members.items():
+        stem, ending = os.path.splitext(name)
+        if ending.lower() not in ENDINGS or offset + size > end:
+            continue
+        caption: tuple[str, int, int] | str = ""
+        for kind in (".txt", ".json"):
+            if stem + kind in members:
+                caption = (kind, *members[stem + kind])
+                break
+        entries.append(Entry(path, f"{path.name}/{name}", offset, size, caption))
+    return entries
+
+
+def decode(data: bytes, smallest: int = SMALLEST) -> np.ndarray:
+    """A picture file's bytes as `h w 3` uint8. BadPicture when it is cut, too small, or has a mode
+    that 8-bit RGB cannot hold: more than 8 bits, CMYK (its profile decides the colours), or real
+    transparency."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if min(image.size) < smallest:
+                raise BadPicture(f"{image.width}x{image.height} is below {smallest} pixels")
+            if image.mode not in MODES:
+                raise BadPicture(f"mode {image.mode}")
+            image.load()
+            alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+            if alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                raise BadPicture("transparency")
+            return np.asarray(image.convert("RGB"))
+    except BadPicture:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadPicture("too many pixels") from error
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError) as error:
+        raise BadPicture(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def random_crop(pixels: np.ndarray, side: int, rng: np.random.Generator, flip: bool) -> np.ndarray:
+    """`side side 3` uint8 from anywhere in `h w 3`; a shorter short side is enlarged first."""
+    h, w = pixels.shape[:2]
+    if min(h, w) < side:
+        factor = side / min(h, w)
+        h, w = max(side, round(h * factor)), max(side, round(w * factor))
+        pixels = np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.LANCZOS))
+    top, left = int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1))
+    pixels = pixels[top : top + side, left : left + side]
+    if flip and rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """How the low-resolution copies are made; see train.degrade."""
+
+    kind: str = "mixed"
+    mix: str = "paper"
+    scale: int = 4
+
+
+class Pictures(Dataset):
+    """Crops of pictures. An item's key is its index, or (epoch, index) as `Order` gives them.
+
+    An item: `hr` 3 side side uint8; with a degradation `lr` 3 side/scale side/scale uint8;
+    `caption` and `name`, both strings. DataError when there are no pictures, or when hardly any of
+    them can be used.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Iterable[str | Path],
+        *,
+        crop: int = 512,
+        degradation: Degradation | None = None,
+        flip: bool = True,
+        seed: int = 0,
+        smallest: int = SMALLEST,
+    ):
+        if crop < 1 or (degradation and crop % degradation.scale):
+            raise DataError(
+                f"a crop of {crop} does not divide by the scale: choose a multiple of it"
+            )
+        sources = [source] if isinstance(source, str | Path) else list(source)
+        self.entries = [entry for one in sources for entry in find(one)]
+        self.crop, self.degradation, self.flip = crop, degradation, flip
+        self.seed, self.smallest = seed, smallest
+        # one byte for each picture, seen by all workers: the process that reads the loader names
+        # them
+        self._bad = torch.zeros(len(self.entries), dtype=torch.uint8).share_memory_()
+        self._named: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self.entries):
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        pixels, entry = self._usable(index, rng)
+        hr = random_crop(pixels, self.crop, rng, self.flip)
+        item = {"hr": _tensor(hr)}
+        if self.degradation:
+            how = self.degradation
+            seed = int(rng.integers(2**63))
+            low = degrade.degrade(hr, kind=how.kind, mix=how.mix, scale=how.scale, seed=seed)
+            item["lr"] = _tensor(low)
+        return item | {"caption": entry.words(), "name": entry.name}
+
+    def _usable(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, Entry]:
+        # Whether a file was found bad before must not change what is drawn: the flags only save the
+        # reading.
+        for _ in range(TRIES):
+            if not self._bad[index]:
+                try:
+                    entry = self.entries[index]
+                    return decode(entry.read(), self.smallest), entry
+                except (BadPicture, OSError):
+                    self._bad[index] = 1
+            index = int(rng.integers(len(self.entries)))
+        raise DataError(
+            f"{TRIES} pictures in a row could not be used, for example {self.entries[index].name}: "
+            f"check the folder ({self.bad_count()} of {len(self)} bad so far)"
+        )
+
+    def bad_count(self) -> int:
+        """How many pictures were found unusable so far, by any worker."""
+        return int(self._bad.sum())
+
+    def name_bad(self) -> list[str]:
+        """Warn about every bad picture not named before, with the reason; returns those lines."""
+        lines = []
+        for index in self._bad.nonzero().flatten().tolist():
+            if index in self._named:
+                continue
+            self._named.add(index)
+            entry, reason = self.entries[index], "could not be read"
+            try:
+                decode(entry.read(), self.smallest)
+            except (BadPicture, OSError) as error:
+                reason = str(error)
+            lines.append(f"{entry.name}: {reason}")
+            warnings.warn(f"skipped {lines[-1]}", stacklevel=3)
+        return lines
+
+    def watch(self, loader: Iterable) -> Iterator:
+        """The loader's batches; bad pictures are named, once, as they turn up."""
+        for batch in loader:
+            self.name_bad()
+            yield batch
+        self.name_bad()
+
+
+def _tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+class Order(Sampler):
+    """Endless keys (epoch, index): each epoch a permutation of `count` by the seed.
+
+    `start` is how many keys all ranks together have used, so that a resumed run goes on where it
+    stopped; rank r of `world` takes every world-th key.
+    """
+
+    def __init__(self, count: int, *, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1):
+        if count < 1 or start < 0 or not 0 <= rank < world:
+            raise DataError(f"cannot order {count} pictures from {start} as rank {rank} of {world}")
+        self.count, self.seed, self.start, self.rank, self.world = count, seed, start, rank, world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        at, epoch, order = self.start + self.rank, -1, None
+        while True:
+            if at // self.count != epoch:
+                epoch = at // self.count
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            yield epoch, int(order[at % self.count])
+            at += self.world
