@@ -179,6 +179,7 @@ def test_video_codecs_follow_their_quantiser(name):
     codec = next(c for c in degrade.APISR.codecs if c.name == name)
     good, bad = (degrade.compress(hr, name, q) for q in codec.quality)
     assert good.shape == bad.shape == hr.shape
+    assert degrade.compress(hr[:7, :8], name, codec.quality[0]).shape == (7, 8, 3)
     assert psnr(good, hr) > psnr(bad, hr) + 2
 
 
@@ -272,12 +273,16 @@ def test_damage_is_in_a_plausible_band():
     assert 18 < (means["realesrgan"] + means["apisr"]) / 2 < 28, means
 
 
-def test_sheet_is_written(tmp_path):
+def test_sheet_is_written_past_bad_files(tmp_path, capsys):
     for i in range(3):
         Image.fromarray(picture(i, 64)).save(tmp_path / f"{i}.png")
-    out = tmp_path / "out" / "sheet.png"
-    out.parent.mkdir()
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:400])
+    out = tmp_path / "sheet.png"
     command = ["sheet", "--data", str(tmp_path), "--out", str(out), "--crop", "64"]
-    assert degrade.main([*command, "--kind", "mild"]) == 0
+    with pytest.warns(UserWarning, match=r"skipped cut\.png"):
+        assert degrade.main([*command, "--kind", "mild", "--count", "5"]) == 0
     with Image.open(out) as image:
-        assert image.size == (4 * 128, 98)
+        assert image.size == (4 * 128, 2 * 98)
+    command[2] = str(tmp_path / "absent")
+    assert degrade.main(command) == 2
+    assert "no such folder" in capsys.readouterr().err

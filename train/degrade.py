@@ -21,6 +21,7 @@ import contextlib
 import functools
 import io
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image, ImageDraw, features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,7 @@ VIDEO_PRESETS = (
     ("faster", 0.20),
     ("superfast", 0.10),
 )
+VIDEO_SMALLEST = 32  # x265 refuses smaller frames
 # PyAV's names of the encoders
 VIDEO_ENCODERS = {"mpeg2": "mpeg2video", "mpeg4": "mpeg4", "h264": "libx264", "h265": "libx265"}
 
@@ -453,11 +455,12 @@ def compress(
 
 
 def _compress_video(pixels: np.ndarray, name: str, quality: int, preset: str) -> np.ndarray:
-    """One intra frame in yuv420p; odd sizes are padded by an edge pixel and cut again."""
+    """One intra frame in yuv420p; odd and very small sizes are padded and cut again."""
     import av
 
     h, w = pixels.shape[:2]
-    padded = np.pad(pixels, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+    below, right = max(h % 2, VIDEO_SMALLEST - h), max(w % 2, VIDEO_SMALLEST - w)
+    padded = np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="edge")
     encoder = av.CodecContext.create(VIDEO_ENCODERS[name], "w")
     encoder.width, encoder.height, encoder.pix_fmt = padded.shape[1], padded.shape[0], "yuv420p"
     encoder.time_base = Fraction(1, 25)
@@ -621,44 +624,37 @@ def degrade(
 
 
 def sheet(
-    paths: list[Path],
-    out: Path,
+    crops: list[np.ndarray],
     *,
     kind: str = "mixed",
     mix: str = "paper",
-    crop: int = 256,
     seed: int = 0,
     columns: int = 4,
-) -> None:
-    """A picture of pairs: crop on the left, its degraded copy, enlarged, on the right."""
-    from PIL import ImageDraw
-
-    cells = []
-    for i, path in enumerate(paths):
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-        side = min(crop, *image.size) // 4 * 4
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((crop, crop))
+) -> Image.Image:
+    """Pairs of equal square crops, `side side 3` uint8, and their enlarged degraded copies, with
+    the steps in words below; crop i has seed + i."""
+    side = crops[0].shape[0]
+    wide, high = 2 * side, side + 34
+    columns = min(columns, len(crops))
+    whole = Image.new("RGB", (columns * wide, -(-len(crops) // columns) * high), "white")
+    pen = ImageDraw.Draw(whole)
+    for i, hr in enumerate(crops):
         trace: list[str] = []
-        low = degrade(np.asarray(image), kind=kind, mix=mix, seed=seed + i, trace=trace)
-        cell = Image.new("RGB", (2 * crop, crop + 34), "white")
-        cell.paste(image, (0, 0))
-        cell.paste(Image.fromarray(low).resize((crop, crop), Image.Resampling.NEAREST), (crop, 0))
-        words, half = ImageDraw.Draw(cell), (len(trace) + 1) // 2
-        words.text((2, crop + 2), ", ".join(trace[:half])[:88], fill="black")
-        words.text((2, crop + 17), ", ".join(trace[half:])[:88], fill="black")
-        cells.append(cell)
-    rows = -(-len(cells) // columns)
-    whole = Image.new("RGB", (columns * 2 * crop, rows * (crop + 34)), "white")
-    for i, cell in enumerate(cells):
-        whole.paste(cell, (i % columns * 2 * crop, i // columns * (crop + 34)))
-    part = out.with_name(f".{out.name}.part")
-    whole.save(part, "PNG")
-    part.replace(out)
+        low = Image.fromarray(degrade(hr, kind=kind, mix=mix, seed=seed + i, trace=trace))
+        x, y, half = i % columns * wide, i // columns * high, (len(trace) + 1) // 2
+        whole.paste(Image.fromarray(hr), (x, y))
+        whole.paste(low.resize((side, side), Image.Resampling.NEAREST), (x + side, y))
+        for line, words in enumerate((trace[:half], trace[half:])):
+            text = ", ".join(words)[: wide // 6]
+            pen.text((x + 2, y + side + 2 + 15 * line), text, fill="black")
+    return whole
 
 
 def main(argv: list[str] | None = None) -> int:
+    from train import (
+        data,
+    )  # which imports this module: pictures are found and decoded as in training
+
     parser = argparse.ArgumentParser(
         prog="python -m train.degrade", description="Look at degradations."
     )
@@ -672,20 +668,22 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--crop", type=int, default=256)
     p.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    endings = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-    paths = sorted(f for f in args.data.rglob("*") if f.suffix.lower() in endings)
-    if not paths:
-        parser.error(f"no pictures in {args.data}: give a folder that holds some")
-    order = np.random.default_rng(args.seed).permutation(len(paths))[: args.count]
-    sheet(
-        [paths[i] for i in order],
-        args.out,
-        kind=args.kind,
-        mix=args.mix,
-        crop=args.crop,
-        seed=args.seed,
-    )
-    print(f"{args.out}: {len(order)} pairs, {args.kind}")
+    if args.count < 1 or args.crop < 4 or args.crop % 4:
+        parser.error("--count must be at least 1 and --crop a multiple of 4")
+    try:
+        pictures = data.Pictures(args.data, crop=args.crop, seed=args.seed)
+        keys = data.Order(len(pictures), seed=args.seed)
+        items = [pictures[key] for key, _ in zip(keys, range(args.count), strict=False)]
+        pictures.name_bad()
+        crops = [np.ascontiguousarray(item["hr"].permute(1, 2, 0).numpy()) for item in items]
+        whole = sheet(crops, kind=args.kind, mix=args.mix, seed=args.seed)
+        part = args.out.with_name(f".{args.out.name}.part")
+        whole.save(part, "PNG")
+        part.replace(args.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(crops)} pairs, {args.kind}")
     return 0
 
 
