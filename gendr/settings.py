@@ -1,0 +1,108 @@
+"""The user's choices: names, defaults and limits, the same in Python, the command line and the nodes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+COLOR_FIXES = ("none", "wavelet", "adain", "lab")
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+# Beyond this factor one step has nothing left of the picture to build on.
+MAX_FACTOR = 8.0
+
+
+class Bound(NamedTuple):
+    """Smallest and largest value a person may choose, and the step of a widget."""
+
+    minimum: float
+    maximum: float
+    step: float
+
+
+BOUNDS: dict[str, Bound] = {
+    "scale": Bound(1.0, MAX_FACTOR, 0.05),
+    "long_side": Bound(1, 65536, 1),
+    "short_side": Bound(1, 65536, 1),
+    "megapixels": Bound(0.001, 1024.0, 0.1),
+    "tile": Bound(0, 8192, 64),
+    "overlap": Bound(0, 1024, 8),
+    "tile_batch": Bound(0, 64, 1),
+    "detail": Bound(0.0, 1.5, 0.05),
+    "fidelity": Bound(0.0, 1.0, 0.05),
+    "guidance": Bound(1.0, 15.0, 0.1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a picture is restored. The defaults here are the only ones in the project.
+
+    scale: output side / input side, 1 to 8, fractions too. Ignored where a target size is given.
+    long_side, short_side, megapixels: a target size instead of a factor; at most one of them.
+    tile, overlap, tile_batch: pixels of the output and tiles per pass; 0 = chosen by the plan.
+    color_fix: where the low frequencies or colour statistics come from; one of `COLOR_FIXES`.
+    detail: 0 = the encoded and decoded input, 1 = the model; linear in the latent.
+    fidelity: share of back-projection; at 1 the result, reduced to the input's size, is the input.
+    guidance: strength of classifier-free guidance, None = the checkpoint's; above 1 runs two passes.
+    seamless: treat the picture as a torus, for textures that repeat.
+    """
+
+    scale: float = 4.0
+    long_side: int | None = None
+    short_side: int | None = None
+    megapixels: float | None = None
+    tile: int = 0
+    overlap: int = 0
+    tile_batch: int = 0
+    color_fix: str = "wavelet"
+    detail: float = 1.0
+    fidelity: float = 0.0
+    guidance: float | None = None
+    seamless: bool = False
+
+    def __post_init__(self) -> None:
+        for name, bound in BOUNDS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            whole = isinstance(bound.step, int)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            if whole and value != int(value):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if not math.isfinite(value) or not bound.minimum <= value <= bound.maximum:
+                raise ValueError(
+                    f"{name} must be between {bound.minimum:g} and {bound.maximum:g}, got {value:g}"
+                )
+        if self.color_fix not in COLOR_FIXES:
+            raise ValueError(
+                f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}"
+            )
+        targets = [n for n in ("long_side", "short_side", "megapixels") if getattr(self, n)]
+        if len(targets) > 1:
+            raise ValueError(f"give only one target size, got {' and '.join(targets)}")
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Output size (H, W) for an input of h x w: exactly round(side * factor), at least 1.
+
+        Raises ValueError when a target size asks for more than `MAX_FACTOR` times the input.
+        """
+        if self.long_side:
+            factor = self.long_side / max(height, width)
+        elif self.short_side:
+            factor = self.short_side / min(height, width)
+        elif self.megapixels:
+            factor = math.sqrt(self.megapixels * 1e6 / (height * width))
+        else:
+            factor = self.scale
+        if factor > MAX_FACTOR:
+            raise ValueError(
+                f"that size is {factor:.1f} times the input ({width}x{height}); at most "
+                f"{MAX_FACTOR:g} times is possible: ask for a smaller one, or run twice"
+            )
+        # Halves go up: Python's own round() would send 2.5 to 2 and 3.5 to 4.
+        return tuple(max(1, math.floor(side * factor + 0.5)) for side in (height, width))
+
+
+NAMES = tuple(field.name for field in fields(Settings))

@@ -1,0 +1,205 @@
+"""Trains the first one-step generator of a small GenDR in pixels: encoder, UNet and decoder together.
+
+    python -m train.pairs --data PICTURES --out PAIRS --count 24576 --mix tiny [--teacher ...]
+    python -m train.autoencoder --data PAIRS --out runs/autoencoder
+    python -m train.restorer --data PAIRS --autoencoder runs/autoencoder --out runs/restorer
+
+Run the same command again to resume. The target is the clean crop, the result of a frozen teacher
+on the damaged one (where the shards hold it), or a mixture of both. A share of every batch goes
+through the autoencoder alone, so that the latent stays one: `detail` 0 must give the input back,
+and distillation (train.cida) needs latents of clean pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gendr.onestep import StepConfig, Unfolded
+from gendr.schedule import beta_bar
+from gendr.unet import TINY_UNET, UNet
+from gendr.vae import TINY_VAE, VAE
+from train import layers
+from train.pixels import pixel_loss, psnr
+from train.run import Average, Run, step_generator, steps_from
+from train.shards import Pairs
+
+
+def tiny_config() -> StepConfig:
+    """GenDR-Tiny: velocity prediction, and the alpha = beta at which a silent network is identity.
+
+    With eps = abar v + bbar z in Eq. 2, v = 0 gives z_g = z (1 - beta bbar) / alpha.
+    """
+    constant = 1 / (1 + float(beta_bar(500)))
+    return StepConfig(
+        unet=TINY_UNET,
+        vae=TINY_VAE,
+        prediction_type="v_prediction",
+        alpha=constant,
+        beta=constant,
+    )
+
+
+def new_network(config: StepConfig, vae: dict[str, Tensor], seed: int) -> Unfolded:
+    """A network whose UNet is silent and whose autoencoder is trained."""
+    torch.manual_seed(seed)
+    network = Unfolded(
+        config,
+        VAE(config.vae, operations=layers),
+        UNet(config.unet, operations=layers),
+        {"positive": torch.randn(1, config.unet.tokens, config.unet.cross_attention_dim)},
+    )
+    network.vae.load_state_dict(vae)
+    nn.init.zeros_(network.unet.conv_out.weight)
+    nn.init.zeros_(network.unet.conv_out.bias)
+    return network
+
+
+def enlarge(lr: Tensor, scale: int) -> Tensor:
+    """What `restore` hands to the network: bicubic, b 3 h w -> b 3 sh sw, in [-1, 1]."""
+    return F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(-1, 1)
+
+
+def sheet(path: Path, *rows: Tensor) -> None:
+    """Pictures b 3 h w in [-1, 1], one row each, as a PNG."""
+    image = torch.cat([torch.cat(list(r.float().cpu()), dim=2) for r in rows], dim=1)
+    array = (image.clamp(-1, 1) * 127.5 + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder of shards made by train.pairs")
+    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--autoencoder", help="run folder of train.autoencoder to begin from")
+    parser.add_argument("--init", help="run folder of train.restorer to begin from instead")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--crop", type=int, default=128, help="pixels of the result")
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--teacher-share", type=float, default=0.85, help="the rest is the clean crop")
+    parser.add_argument("--gradient", type=float, default=0.5, help="weight of the edge term")
+    parser.add_argument("--autoencode", type=float, default=0.25, help="share of the batch")
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    step_config = tiny_config()
+    config: dict[str, Any] = {**vars(args), "step": dataclasses.asdict(step_config)}
+    run = Run(args.out, config, free=("data", "device", "save_every", "autoencoder", "init"))
+    run.catch_signals()
+    parts = ("hr", "lr", "teacher") if args.teacher_share else ("hr", "lr")
+    pairs = Pairs(args.data, parts)
+    device = torch.device(args.device)
+
+    if args.init:
+        network = new_network(step_config, VAE(step_config.vae).state_dict(), args.seed)
+        network.load_state_dict(load_file(Path(args.init) / "network.safetensors"))
+    elif args.autoencoder:
+        vae = load_file(Path(args.autoencoder) / "vae.safetensors")
+        network = new_network(step_config, vae, args.seed)
+    else:
+        parser.error("give --autoencoder or --init: the latent must come from somewhere")
+    network.to(device, memory_format=torch.channels_last).requires_grad_(True)
+    for linear in (network.vae.encoder.linear, network.vae.decoder.linear):
+        linear.requires_grad_(False)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-3)
+    schedule = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=100, num_training_steps=args.steps
+    )
+    average = Average(network, args.ema)
+    first = 0
+    if state := run.load():
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        average.load_state_dict(state["average"])
+        first = state["step"]
+
+    def save(step: int) -> None:
+        run.save(
+            {
+                "step": step,
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "average": average.state_dict(),
+            }
+        )
+        with average.swapped():
+            temporary = run.folder / "network.safetensors.part"
+            tensors = {k: v.detach().float().cpu() for k, v in network.state_dict().items()}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            temporary.replace(run.folder / "network.safetensors")
+
+    def validate(step: int) -> str:
+        batch = pairs.batch(step_generator(args.seed, -1), 16, pairs.size // 64 * 64)
+        x, hr = enlarge(batch["lr"].to(device), pairs.scale), batch["hr"].to(device)
+        with average.swapped(), torch.no_grad():
+            y = network(x)
+            plain = network.vae.decode(network.vae.encode(hr))
+        values = {
+            "psnr": psnr(y, hr),
+            "psnr_bicubic": psnr(x, hr),
+            "psnr_autoencoder": psnr(plain, hr),
+        }
+        rows = [x[:6], y[:6], hr[:6]]
+        if "teacher" in batch:
+            target = batch["teacher"].to(device)
+            values["psnr_to_teacher"] = psnr(y, target)
+            rows.insert(2, target[:6])
+        run.log(step, **values)
+        sheet(run.folder / "sheet.png", *rows)
+        return "  ".join(f"{k} {v:.2f}" for k, v in values.items())
+
+    step = first
+    for step in steps_from(first, args.steps, run):
+        generator = step_generator(args.seed, step)
+        batch = {
+            k: v.to(device) for k, v in pairs.batch(generator, args.batch, args.crop).items()
+        }
+        x = enlarge(batch["lr"], pairs.scale)
+        share = max(1, round(args.batch * args.autoencode)) if args.autoencode else 0
+        # Clean and damaged pictures in turn: the latent must hold both.
+        plain = (batch["hr"] if step % 2 else x)[:share]
+        with torch.autocast(device.type, torch.bfloat16):
+            z = network.encode(torch.cat([x, plain]))
+            z_l, z_plain = z[: args.batch], z[args.batch :]
+            y = network.decode(torch.cat([network.step(z_l), z_plain]))
+        y, y_plain = y[: args.batch], y[args.batch :]
+        loss = (1 - args.teacher_share) * pixel_loss(y, batch["hr"], gradient=args.gradient)
+        if args.teacher_share:
+            term = pixel_loss(y, batch["teacher"], gradient=args.gradient)
+            loss = loss + args.teacher_share * term
+        if share:
+            loss = loss + args.autoencode * pixel_loss(y_plain, plain, gradient=args.gradient)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        if run.accept(loss):
+            optimizer.step()
+            average.update()
+        schedule.step()
+        if step % 50 == 0:
+            run.log(step, loss=float(loss.detach()), lr=schedule.get_last_lr()[0])
+        if step % args.save_every == 0 or step == args.steps:
+            run.progress(step, args.steps, first, args.batch, validate(step))
+            save(step)
+    save(step)
+
+
+if __name__ == "__main__":
+    main()

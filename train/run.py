@@ -1,0 +1,168 @@
+"""What the training scripts share: run folder, log, checkpoints, exact resume, averaged weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+# A loss this many times its slow average, for this many steps, is a run that will not come back.
+DIVERGED_FACTOR, DIVERGED_STEPS = 5.0, 200
+
+
+class TrainingError(RuntimeError):
+    """A run that can't go on; the message says why and what to change."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Run:
+    """A folder with `config.json`, `log.jsonl` and `state.pt`; the same command again resumes it.
+
+    The state is written to a temporary file and renamed, so a kill at any moment leaves the last
+    complete one. A folder of another configuration is refused, never overwritten.
+    """
+
+    def __init__(self, folder: Path | str, config: dict[str, Any], *, free: tuple[str, ...] = ()):
+        """free: names of settings that may change on resuming (where data lies, how often to log)."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state_path = self.folder / "state.pt"
+        path = self.folder / "config.json"
+        config = json.loads(json.dumps(config))
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            changed = [k for k in sorted({*old, *config} - {*free}) if old.get(k) != config.get(k)]
+            if changed:
+                raise TrainingError(
+                    f"{self.folder} holds a run with another {', '.join(changed)}: give another "
+                    "--out, or the run's own settings to resume it"
+                )
+        write_json(path, config)
+        self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        self.average: float | None = None
+        self.bad = self.skipped = 0
+        self.started = time.monotonic()
+        self.stop = False
+
+    def catch_signals(self) -> None:
+        """Let Ctrl-C and a polite kill finish the step in hand and save."""
+
+        def handler(*_: Any) -> None:
+            self.stop = True
+
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, handler)
+
+    def load(self) -> dict[str, Any] | None:
+        """The last complete state, or None in a new folder."""
+        if not self.state_path.exists():
+            return None
+        return torch.load(self.state_path, map_location="cpu", weights_only=True)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state atomically."""
+        temporary = self.state_path.with_name("state.pt.part")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.state_path)
+
+    def log(self, step: int, **values: float) -> None:
+        """Append one JSON line."""
+        self.log_file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}))
+        self.log_file.write("\n")
+        self.log_file.flush()
+
+    def accept(self, loss: Tensor) -> bool:
+        """Whether a step with this loss may be taken; counts the others.
+
+        Raises TrainingError when the run has diverged.
+        """
+        value = float(loss.detach())
+        finite = value == value and abs(value) != float("inf")
+        if not finite:
+            self.skipped += 1
+        diverged = not finite or (
+            self.average is not None and value > DIVERGED_FACTOR * max(self.average, 1e-8)
+        )
+        self.bad = self.bad + 1 if diverged else 0
+        if self.bad >= DIVERGED_STEPS:
+            raise TrainingError(
+                f"diverged: the loss was {value:g} against an average of {self.average} for "
+                f"{self.bad} steps; lower the learning rate or resume from an older state"
+            )
+        if finite:
+            self.average = value if self.average is None else 0.99 * self.average + 0.01 * value
+        return finite
+
+    def progress(self, step: int, steps: int, first: int, images: int, text: str) -> None:
+        """One line with speed and time left."""
+        seconds = max(time.monotonic() - self.started, 1e-6)
+        rate = (step - first) / seconds
+        left = (steps - step) / rate if rate else float("inf")
+        line = (
+            f"step {step}/{steps}  {text}  {rate * images:.1f} images/s  {left / 60:.1f} min left"
+        )
+        print(line, file=sys.stderr, flush=True)
+
+
+class Average:
+    """Exponential moving average of a module's trained parameters, with warm-up (diffusers)."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.ema = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
+
+    def update(self) -> None:
+        self.ema.step(self.parameters)
+
+    def swapped(self) -> _Swapped:
+        """Context in which the module holds the averaged weights."""
+        return _Swapped(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.ema.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ema.load_state_dict(state)
+
+
+class _Swapped:
+    def __init__(self, average: Average):
+        self.average = average
+
+    def __enter__(self) -> None:
+        self.average.ema.store(self.average.parameters)
+        self.average.ema.copy_to(self.average.parameters)
+
+    def __exit__(self, *_: object) -> None:
+        self.average.ema.restore(self.average.parameters)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Randomness of one step, the same however the run got there."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
+
+
+def steps_from(first: int, last: int, run: Run) -> Iterator[int]:
+    """Step numbers first+1..last, ending early when a signal asked for it."""
+    for step in range(first + 1, last + 1):
+        yield step
+        if run.stop:
+            return
