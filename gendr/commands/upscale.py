@@ -1,0 +1,357 @@
+"""`gendr upscale`: many pictures, one after the other, each written as soon as it is done.
+
+A picture that cannot be read, restored or written costs only itself. Ctrl-C keeps what is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .. import checkpoint, devices, pictures
+from ..model import GenDR, Report
+from ..settings import Settings
+from . import jobs, team
+from .jobs import Job
+from .journal import Journal, key
+from .progress import Bar, clock_time
+
+ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF; these values swap width and height
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+STOPPED = 130  # what shells report for a program that Ctrl-C ended
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `gendr upscale` was asked for, besides how a picture is restored."""
+
+    settings: Settings
+    output: Path | None
+    model: Path | None
+    device: str
+    dtype: str
+    form: str | None
+    quality: int | None
+    suffix: str
+    recursive: bool
+    resume: bool
+    overwrite: bool
+    plan: bool
+    json: bool
+    quiet: bool
+    command: list[str]  # as it was typed, to be shown with --resume
+
+
+def run(words: list[str], options: Options) -> int:
+    """Restore the pictures that `words` name. 0 = all done, 1 = some were not, 130 = interrupted."""
+    try:
+        batch = Batch(words, options, team.join(options.device))
+        with warnings.catch_warnings():
+            warnings.showwarning = batch.warn
+            return batch.run()
+    except (team.TeamError, checkpoint.CheckpointError) as error:
+        if options.json:
+            print(json.dumps({"status": "failed", "reason": str(error)}))
+        print(f"gendr: {error}", file=sys.stderr)
+        return 1
+
+
+class Batch:
+    """One run: the jobs of this process, the bar, and what became of each picture."""
+
+    def __init__(self, words: list[str], options: Options, crew: team.Team) -> None:
+        self.options, self.crew = options, crew
+        self.started = time.monotonic()
+        self.entries: list[dict[str, Any]] = []
+        self.journal = Journal()
+        self.folders: dict[Path, str | None] = {}
+        self.stopping = False  # Ctrl-C came while a picture was being written
+        self.full = False  # the disk was full once: look first, do not work for nothing
+        header = checkpoint.describe(options.model or checkpoint.EMBEDDED)
+        self.facts = {
+            "settings": dataclasses.asdict(options.settings),
+            "model": header.get("sha256") or str(header),
+            "dtype": options.dtype,
+            "quality": options.quality,
+        }
+        inputs = jobs.collect(words, options.recursive)
+        self.notes = jobs.assign(
+            inputs, options.output, options.suffix, options.form, self.journal.owns
+        )
+        # Names are given over all pictures first, so two processes never choose the same one.
+        self.jobs = crew.share(inputs.jobs)
+        for job in self.jobs:
+            job.pixels = result_pixels(job, options.settings)
+        self.bar = Bar(
+            pictures=len(self.jobs),
+            pixels=sum(job.pixels for job in self.jobs),
+            shown=crew.index == 0 and not (options.quiet or options.plan),
+        )
+
+    @cached_property
+    def model(self) -> GenDR:
+        options = self.options
+        return checkpoint.load(options.model, device=self.crew.device, dtype=options.dtype)
+
+    def run(self) -> int:
+        if self.crew.index == 0:
+            for note in self.notes:
+                self.say(f"note: {note}")
+        try:
+            for job in self.jobs:
+                self.finish(job, self.attempt(job))
+                if self.stopping:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            return self.interrupted()
+        finally:
+            self.bar.clear()
+        self.entries = self.crew.gather(self.entries)
+        self.crew.leave()
+        return self.summary()
+
+    # ---- one picture ----
+
+    def attempt(self, job: Job) -> dict[str, Any]:
+        """What became of one picture: its status, and the report or the reason."""
+        try:
+            problem = job.problem or self.obstacle(job)
+            if problem:
+                return {"status": "failed", "reason": problem}
+            if self.options.resume and self.journal.finished(job.target, self.key(job)):
+                return {"status": "skipped", "reason": "was done before"}
+            model = self.model
+        except OSError as error:  # the picture went away meanwhile
+            return {"status": "failed", "reason": reason(error)}
+        try:
+            if self.options.plan:
+                plan = model.plan(*picture_size(job.source), self.options.settings)
+                return {"status": "planned", "text": str(plan), **plan.as_dict()}
+            report = self.restore(model, job)
+            return {"status": "done", **report.as_dict()}
+        except Exception as error:  # one picture must not stop the others
+            self.full = self.full or disk_full(error)
+            if unexpected(error):
+                self.bar.clear()
+                traceback.print_exc()
+            return {"status": "failed", "reason": reason(error)}
+
+    def obstacle(self, job: Job) -> str | None:
+        """What is known to be in the way before the model runs."""
+        options, target = self.options, job.target
+        if target.is_dir():
+            return f"{target} is a folder"
+        if target.exists() and not options.overwrite:
+            if not options.resume:
+                return f"{target} exists; --overwrite replaces it, --resume goes on with a run"
+            if not self.journal.finished(target, self.key(job)):
+                return (
+                    f"{target} exists and is not this picture with these settings; --overwrite "
+                    "replaces it"
+                )
+        if options.plan:
+            return None
+        problem = self.folder_problem(target.parent)
+        # A compressed result takes about a byte per pixel.
+        if problem is None and self.full and shutil.disk_usage(target.parent).free < job.pixels:
+            return "the disk is full"
+        return problem
+
+    def folder_problem(self, folder: Path) -> str | None:
+        """Why nothing can be written to `folder`, found out by trying."""
+        if folder not in self.folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    self.folders[folder] = None
+            except OSError as error:
+                self.folders[folder] = (
+                    f"the folder {folder} cannot be written to ({error.strerror}); choose another "
+                    "with --output"
+                )
+        return self.folders[folder]
+
+    def restore(self, model: GenDR, job: Job) -> Report:
+        options = self.options
+        self.bar.begin(job.source.name, job.pixels)
+        identity = self.key(job)  # of the file as it is read, in case it changes meanwhile
+        picture = pictures.read(job.source)
+        if picture.frames > 1:
+            self.say(f"note: {job.source} has {picture.frames} frames; only the first is restored")
+        output, report = model.restore_with_report(
+            picture.pixels,
+            progress=lambda p: self.bar.tile(p.done, p.total),
+            **dataclasses.asdict(options.settings),
+        )
+        quality = {} if options.quality is None else {"quality": options.quality}
+        # What is restored is also written and recorded: Ctrl-C waits for that.
+        with self.uninterrupted():
+            pictures.write(job.target, output, picture, overwrite=options.overwrite, **quality)
+            with contextlib.suppress(OSError):  # without its record a picture is still a picture
+                self.journal.add(job.target, identity)
+        return report
+
+    @contextlib.contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Ctrl-C inside the block takes effect when this picture is told of."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(*_: Any) -> None:
+            self.stopping = True
+
+        before = signal.signal(signal.SIGINT, remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+    def key(self, job: Job) -> str:
+        return key(job.source, {**self.facts, "target": job.target.name})
+
+    # ---- words ----
+
+    def finish(self, job: Job, entry: dict[str, Any]) -> None:
+        status = entry["status"]
+        text = entry.pop("text", None)
+        entry = {"input": str(job.source), "output": str(job.target or ""), **entry}
+        self.entries.append(entry)
+        self.bar.picture(job.pixels, worked=status == "done")
+        if self.options.json:
+            self.bar.clear()
+            print(json.dumps(entry, default=str), flush=True)
+        if status == "failed":
+            self.complain(f"failed: {blame(entry)}")
+        elif status == "skipped":
+            self.say(f"{job.source}: {entry['reason']} ({job.target})")
+        elif status == "planned":
+            self.say(f"{job.source} -> {job.target}\n{indent(text)}")
+        else:
+            sizes = " -> ".join(f"{w}x{h}" for h, w in (entry["input_size"], entry["output_size"]))
+            self.say(f"{job.source} -> {job.target}  {sizes}  {entry['seconds']:.1f} s")
+            for event in entry["events"]:
+                self.say(f"  {event}")
+
+    def interrupted(self) -> int:
+        self.bar.clear()
+        done = sum(entry["status"] in ("done", "skipped") for entry in self.entries)
+        words = [w for w in self.options.command if w != "--resume"]
+        again = f"{os.environ.get('GENDR_PROG', 'gendr')} {shlex.join([*words, '--resume'])}"
+        if self.options.json:
+            print(json.dumps({"summary": {"interrupted": True, "done": done}}), flush=True)
+        self.complain(
+            f"Stopped: {done} of {len(self.jobs)} pictures are done and kept. Go on with\n  {again}"
+        )
+        return STOPPED
+
+    def summary(self) -> int:
+        """The last lines, from one process alone; returns the exit code."""
+        counts = Counter(entry["status"] for entry in self.entries)
+        failed = [entry for entry in self.entries if entry["status"] == "failed"]
+        seconds = time.monotonic() - self.started
+        if self.crew.index == 0:
+            if self.options.json:
+                facts = {**counts, "pictures": len(self.entries), "seconds": round(seconds, 2)}
+                print(json.dumps({"summary": facts}), flush=True)
+            told = ", ".join(f"{count} {status}" for status, count in counts.items())
+            if len(self.entries) > 1:
+                self.say(f"{told} in {clock_time(seconds)}")
+            if failed and len(self.entries) > 1:
+                self.complain(f"{len(failed)} of {len(self.entries)} pictures failed:")
+                for entry in failed:
+                    self.complain(f"  {blame(entry)}")
+        return 1 if failed or not self.entries else 0
+
+    def say(self, text: str) -> None:
+        """To stdout, or nowhere where stdout carries JSON."""
+        if not (self.options.quiet or self.options.json):
+            self.bar.clear()
+            print(text, flush=True)
+
+    def complain(self, text: str) -> None:
+        self.bar.clear()
+        print(text, file=sys.stderr, flush=True)
+
+    def warn(self, message: Warning | str, *_: Any) -> None:
+        if not self.options.quiet:
+            self.complain(f"warning: {message}")
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width as the picture is shown, from its header alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                width, height = image.size
+                rotated = image.getexif().get(ORIENTATION) in ROTATED
+    except Exception:  # Pillow's readers raise whatever a broken file leads them to
+        height, width = pictures.read(path).pixels.shape[-2:]
+        return height, width
+    return (width, height) if rotated else (height, width)
+
+
+def result_pixels(job: Job, settings: Settings) -> int:
+    """How much work a picture is; 0 where it will fail anyway."""
+    if job.problem:
+        return 0
+    try:
+        height, width = settings.target_size(*picture_size(job.source))
+    except (ValueError, OSError):
+        return 0
+    return height * width
+
+
+def reason(error: Exception) -> str:
+    """One line for people: what is wrong and, where it is known, what to do."""
+    if disk_full(error):
+        return "the disk is full"
+    if devices.is_oom(error):
+        return "out of memory: choose a smaller --tile or --scale, or close other programs"
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return f"unexpected {type(error).__name__}: {error}"
+
+
+def blame(entry: dict[str, Any]) -> str:
+    """The picture and the reason, the name once."""
+    source, why = entry["input"], entry["reason"]
+    return why if why.startswith(source) else f"{source}: {why}"
+
+
+def unexpected(error: Exception) -> bool:
+    return not (isinstance(error, (ValueError, OSError)) or devices.is_oom(error))
+
+
+def disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
