@@ -1,7 +1,7 @@
 """`gendr compare`: one picture that shows input and result side by side, with the same detail enlarged.
 
-Upper row: both as a whole. Lower row: the square of each that the frame above marks. The input is
-enlarged by bicubic interpolation in the whole, and left in its own pixels in the detail.
+Upper row: both as a whole. Lower row: the square of each that the frame above marks. Both are
+resized by the same bicubic interpolation, so that the input is shown at its best.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 from .. import pictures
 
 PAPER, INK, FRAME = (24, 24, 27), (235, 235, 235), (255, 196, 0)
-WHOLE, MARGIN = 640, 16  # pixels: the longest side of a panel, the space around it
+WHOLE, SMALLEST = 640, 320  # pixels: the longest side of a whole, the smallest detail
+MARGIN, LABEL = 16, 28
+METHOD = Image.Resampling.BICUBIC
 
 
 def run(
@@ -72,51 +74,37 @@ def busiest(pixels: Tensor) -> tuple[int, int, int]:
 
 def draw(before: Tensor, after: Tensor, crop: tuple[int, int, int]) -> Image.Image:
     """The sheet of four panels and their labels."""
-    (height, width), (tall, wide) = before.shape[-2:], after.shape[-2:]
-    x, y, side = crop
-    shrink = min(1.0, WHOLE / max(tall, wide))
-    whole = max(1, round(wide * shrink)), max(1, round(tall * shrink))
-    panel = max(whole[0], 320)
     first, second = image(before), image(after)
-    factors = wide / width, tall / height
-    there = (
-        *(round(x * factors[0]), round(y * factors[1])),
-        *(round((x + side) * factors[0]), round((y + side) * factors[1])),
-    )
-    there = there[0], there[1], max(there[2], there[0] + 1), max(there[3], there[1] + 1)
-    # Whole pixels stay whole where the detail is enlarged, and both details have the same size.
-    detail = panel, panel
-    font = ImageFont.load_default(16)
-    label = 30
-    sheet = Image.new(
-        "RGB",
-        (2 * panel + 3 * MARGIN, whole[1] + detail[1] + 2 * label + 3 * MARGIN),
-        PAPER,
-    )
-    pen = ImageDraw.Draw(sheet)
-    lower = MARGIN + label + whole[1] + MARGIN
+    x, y, side = crop
+    fx, fy = second.width / first.width, second.height / first.height
+    shrink = min(1.0, WHOLE / max(second.size))
+    whole = tuple(max(1, round(length * shrink)) for length in second.size)
+    panel = max(whole[0], SMALLEST)
+    lower = MARGIN + LABEL + whole[1] + MARGIN
+    sheet = Image.new("RGB", (2 * panel + 3 * MARGIN, lower + LABEL + panel + MARGIN), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     panels = (
-        (first, (x, y, x + side, y + side), Image.Resampling.NEAREST, f"input  {width} x {height}"),
-        (second, there, Image.Resampling.LANCZOS, f"GenDR  {wide} x {tall}"),
+        ("input", first, (x, y, x + side, y + side)),
+        ("result", second, (x * fx, y * fy, (x + side) * fx, (y + side) * fy)),
     )
-    for column, (picture, box, method, text) in enumerate(panels):
+    for column, (name, picture, box) in enumerate(panels):
         left = MARGIN + column * (panel + MARGIN)
-        inset = left + (panel - whole[0]) // 2
-        top = MARGIN + label
-        pen.text((left, MARGIN + 4), text, INK, font)
-        shape = picture.resize(whole, Image.Resampling.BICUBIC)
-        sheet.paste(shape, (inset, top))
+        pen.text((left, MARGIN), f"{name}  {picture.width} x {picture.height}", INK, font)
+        top, inset = MARGIN + LABEL, left + (panel - whole[0]) // 2
+        sheet.paste(picture.resize(whole, METHOD), (inset, top))
         kx, ky = whole[0] / picture.width, whole[1] / picture.height
-        corners = [box[0] * kx, box[1] * ky, box[2] * kx - 1, box[3] * ky - 1]
-        corners[2:] = max(corners[2], corners[0] + 2), max(corners[3], corners[1] + 2)
-        marks = [c + (inset, top)[i % 2] for i, c in enumerate(corners)]
-        pen.rectangle(marks, outline=FRAME, width=2)
-        pen.text((left, lower + 4), f"{text.split()[0]}, detail", INK, font)
-        sheet.paste(picture.resize(detail, method, box=box), (left, lower + label))
-        pen.rectangle(
-            (left - 1, lower + label - 1, left + panel, lower + label + panel), outline=FRAME
-        )
+        corner = inset + box[0] * kx, top + box[1] * ky
+        across, down = max((box[2] - box[0]) * kx, 3), max((box[3] - box[1]) * ky, 3)
+        frame(pen, (*corner, corner[0] + across - 1, corner[1] + down - 1), 2)
+        pen.text((left, lower), f"{name}, the marked part", INK, font)
+        top = lower + LABEL
+        sheet.paste(picture.resize((panel, panel), METHOD, box=box), (left, top))
+        frame(pen, (left - 1, top - 1, left + panel, top + panel), 1)
     return sheet
+
+
+def frame(pen: ImageDraw.ImageDraw, box: tuple[float, ...], width: int) -> None:
+    pen.rectangle([round(edge) for edge in box], outline=FRAME, width=width)
 
 
 def image(pixels: Tensor) -> Image.Image:

@@ -28,7 +28,9 @@ from typing import Any
 from PIL import Image
 
 from .. import checkpoint, devices, pictures
-from ..model import GenDR, Report
+from ..model import GenDR
+from ..report import Report
+from ..restoration import NotFinite
 from ..settings import Settings
 from . import jobs, team
 from .jobs import Job
@@ -328,7 +330,7 @@ def reason(error: Exception) -> str:
         return "the disk is full"
     if devices.is_oom(error):
         return "out of memory: choose a smaller --tile or --scale, or close other programs"
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, NotFinite)):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
@@ -342,7 +344,7 @@ def blame(entry: dict[str, Any]) -> str:
 
 
 def unexpected(error: Exception) -> bool:
-    return not (isinstance(error, (ValueError, OSError)) or devices.is_oom(error))
+    return not (isinstance(error, (ValueError, OSError, NotFinite)) or devices.is_oom(error))
 
 
 def disk_full(error: BaseException | None) -> bool:
