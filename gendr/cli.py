@@ -63,12 +63,14 @@ def run_upscale(args: argparse.Namespace, words: list[str]) -> int:
         settings=settings,
         output=output,
         model=args.model,
+        base=args.base,
         device=args.device,
         dtype=args.dtype,
         form=form,
         quality=args.quality,
         suffix=default_suffix(settings) if args.suffix is None else args.suffix,
         recursive=args.recursive,
+        truncated=args.truncated,
         resume=args.resume,
         overwrite=args.overwrite,
         plan=args.plan,
@@ -87,7 +89,10 @@ def check_output_file(output: Path, form: str | None, words: list[str], wrong_us
         wrong_use(
             f"--output {output} is one file, and there may be several pictures: give a folder"
         )
-    if form not in (None, "same") and jobs.FORMATS[form][:3] != output.suffix.lower()[:3]:
+    family = next(
+        f.suffixes for f in pictures.FORMATS.values() if output.suffix.lower() in f.suffixes
+    )
+    if form not in (None, "same") and jobs.FORMATS[form] not in family:
         wrong_use(f"--format {form} and --output {output} do not fit together")
 
 
@@ -108,13 +113,22 @@ def run_info(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def run_doctor(args: argparse.Namespace, words: list[str]) -> int:
-    return doctor.run(args.model, device=args.device, as_json=args.json)
+    return doctor.run(args.model, args.base, args.device, args.dtype, as_json=args.json)
 
 
 def run_fold(args: argparse.Namespace, words: list[str]) -> int:
-    if args.output.exists() and not args.overwrite:
-        args.parser.error(f"{args.output} exists; --overwrite replaces it")
-    raise NotImplementedError
+    output = args.output
+    if output.suffix.lower() not in (".safetensors", ".sft"):
+        args.parser.error(f"--output {output} must end in .safetensors")
+    if output.exists() and not args.overwrite:
+        args.parser.error(f"{output} exists; --overwrite replaces it")
+    model = checkpoint.load(args.checkpoint, base=args.base, device="cpu", dtype="fp32")
+    dtype = args.dtype or model.header.get("dtype", "fp16")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(output, model.network, model.header, dtype=dtype)
+    size = output.stat().st_size / 1e6
+    print(f"{output}: {model.parameters:,} parameters of one step in {dtype}, {size:.1f} MB")
+    return 0
 
 
 def run_compare(args: argparse.Namespace, words: list[str]) -> int:
@@ -182,6 +196,7 @@ def parser() -> Parser:
 
     fold = command("fold", run_fold, "write the folded one-step form of a model: smaller, faster")
     fold.add_argument("checkpoint", type=Path, help="model file")
+    add_base(fold)
     fold.add_argument("--output", "-o", type=Path, required=True, help="file to write")
     fold.add_argument("--dtype", choices=DTYPES[1:], help="number format of the weights")
     fold.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -233,7 +248,6 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
 
     work = made.add_argument_group("work")
     add_model(work)
-    work.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
     number(work, "--tile", help="side of a tile in pixels of the result, 0 = by free memory")
     number(work, "--overlap", help="pixels that tiles share, 0 = automatic")
     number(work, "--tile-batch", help="tiles at a time, 0 = automatic")
@@ -248,6 +262,9 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--suffix", help="added to names (default: _x4 and the like)")
     files.add_argument("--recursive", "-r", action="store_true", help="look into folders' folders")
+    files.add_argument(
+        "--truncated", action="store_true", help="take what is there of files that are cut short"
+    )
     files.add_argument("--overwrite", action="store_true", help="replace existing results")
     files.add_argument(
         "--resume", action="store_true", help="skip what was done with the same settings before"
@@ -261,7 +278,15 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
 
 def add_model(group: Any) -> None:
     group.add_argument("--model", "-m", type=Path, help="model file (default: the embedded one)")
+    add_base(group)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
+
+
+def add_base(group: Any) -> None:
+    group.add_argument(
+        "--base", type=Path, help="GenDR file that supplies the rest, for a LoRA or a bare UNet"
+    )
 
 
 def number(group: Any, *flags: str, help: str) -> None:

@@ -203,7 +203,7 @@ def test_commands_and_packages_are_those_of_the_project(run):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
     def extra(name):
-        return set(ast.literal_eval(re.search(rf"^{name} = (\[.*?\])", text, re.M)[1]))
+        return set(ast.literal_eval(re.search(rf"^{name} = (\[.*\])$", text, re.M)[1]))
 
     assert extra("dependencies") | {"torch"} == set(run.PACKAGES["gendr"])
     wanted = extra("train") | extra("test")

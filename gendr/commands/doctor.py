@@ -41,9 +41,20 @@ class Check:
     ok: bool | None = None
 
 
-def run(model: Path | None, device: str = "auto", as_json: bool = False) -> int:
+def run(
+    model: Path | None,
+    base: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    as_json: bool = False,
+) -> int:
     """Print all checks; 0 when none failed."""
-    checks = [*installation(), *hardware(device), *folders(), *model_checks(model, device)]
+    checks = [
+        *installation(),
+        *hardware(device),
+        *folders(),
+        *model_checks(model, base, device, dtype),
+    ]
     failed = [check for check in checks if check.ok is False]
     if as_json:
         print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(c) for c in checks]}))
@@ -94,7 +105,8 @@ def hardware(wanted: str) -> list[Check]:
     except ValueError as error:
         return [*checks, Check("device", str(error), False)]
     checks.append(Check("device", f"{device}, {devices.free_bytes(device) / 2**30:.1f} GB free"))
-    for name in ("bf16", "fp16"):
+    # CPUs emulate fp16, which takes long and which nothing chooses.
+    for name in ("bf16",) if device.type == "cpu" else ("bf16", "fp16"):
         works, gain = devices.probe(str(device), name)
         checks.append(Check(name, f"right, {gain:.1f} x fp32" if works else "not usable here"))
     return checks
@@ -111,7 +123,7 @@ def folders() -> list[Check]:
     return checks
 
 
-def model_checks(path: Path | None, device: str) -> list[Check]:
+def model_checks(path: Path | None, base: Path | None, device: str, dtype: str) -> list[Check]:
     file = Path(path or checkpoint.EMBEDDED)
     try:
         checks = [
@@ -122,8 +134,8 @@ def model_checks(path: Path | None, device: str) -> list[Check]:
             )
         ]
         # With fold=True a model is checked in the form in which it works.
-        model = checkpoint.load(path, device=device)
-        reference = checkpoint.load(path, device="cpu", dtype="fp32")
+        model = checkpoint.load(path, base=base, device=device, dtype=dtype)
+        reference = checkpoint.load(path, base=base, device="cpu", dtype="fp32")
     except (ValueError, OSError) as error:
         return [Check("model", str(error), False)]
     checks.append(Check("model", repr(model)))

@@ -8,13 +8,15 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import pictures
+
 # What a folder or a pattern is searched for; a file named by itself is tried whatever it is called.
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
     *(".ppm", ".pgm", ".pnm", ".tga", ".avif", ".jp2"),
 )
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
-WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+WRITABLE = tuple(suffix for known in pictures.FORMATS.values() for suffix in known.suffixes)
 
 
 @dataclass

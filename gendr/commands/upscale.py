@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from .. import checkpoint, devices, pictures
 from ..model import GenDR
@@ -49,12 +50,14 @@ class Options:
     settings: Settings
     output: Path | None
     model: Path | None
+    base: Path | None
     device: str
     dtype: str
     form: str | None
     quality: int | None
     suffix: str
     recursive: bool
+    truncated: bool
     resume: bool
     overwrite: bool
     plan: bool
@@ -70,10 +73,12 @@ def run(words: list[str], options: Options) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = batch.warn
             return batch.run()
-    except (team.TeamError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError) as error:  # of the model or the team, so of every picture
+        if isinstance(error, BrokenPipeError):
+            raise
         if options.json:
-            print(json.dumps({"status": "failed", "reason": str(error)}))
-        print(f"gendr: {error}", file=sys.stderr)
+            print(json.dumps({"status": "failed", "reason": reason(error)}))
+        print(f"gendr: {reason(error)}", file=sys.stderr)
         return 1
 
 
@@ -92,6 +97,7 @@ class Batch:
         self.facts = {
             "settings": dataclasses.asdict(options.settings),
             "model": header.get("sha256") or str(header),
+            "base": str(options.base),
             "dtype": options.dtype,
             "quality": options.quality,
         }
@@ -111,8 +117,8 @@ class Batch:
 
     @cached_property
     def model(self) -> GenDR:
-        options = self.options
-        return checkpoint.load(options.model, device=self.crew.device, dtype=options.dtype)
+        options, device = self.options, self.crew.device
+        return checkpoint.load(options.model, device=device, dtype=options.dtype, base=options.base)
 
     def run(self) -> int:
         if self.crew.index == 0:
@@ -141,9 +147,9 @@ class Batch:
                 return {"status": "failed", "reason": problem}
             if self.options.resume and self.journal.finished(job.target, self.key(job)):
                 return {"status": "skipped", "reason": "was done before"}
-            model = self.model
         except OSError as error:  # the picture went away meanwhile
             return {"status": "failed", "reason": reason(error)}
+        model = self.model
         try:
             if self.options.plan:
                 plan = model.plan(*picture_size(job.source), self.options.settings)
@@ -196,9 +202,10 @@ class Batch:
         options = self.options
         self.bar.begin(job.source.name, job.pixels)
         identity = self.key(job)  # of the file as it is read, in case it changes meanwhile
-        picture = pictures.read(job.source)
-        if picture.frames > 1:
-            self.say(f"note: {job.source} has {picture.frames} frames; only the first is restored")
+        picture = pictures.read(job.source, truncated=options.truncated)
+        for note in picture.notes:
+            self.say(f"note: {job.source}: {note}")
+        expect_room(job.target, picture.pixels, options.settings)
         output, report = model.restore_with_report(
             picture.pixels,
             progress=lambda p: self.bar.tile(p.done, p.total),
@@ -311,6 +318,21 @@ def picture_size(path: Path) -> tuple[int, int]:
         height, width = pictures.read(path).pixels.shape[-2:]
         return height, width
     return (width, height) if rotated else (height, width)
+
+
+def expect_room(target: Path, pixels: Tensor, settings: Settings) -> None:
+    """ValueError where the result would not fit into its format: known now, not after the work."""
+    height, width = settings.target_size(*pixels.shape[-2:])
+    for name, known in pictures.FORMATS.items():
+        if target.suffix.lower() not in known.suffixes:
+            continue
+        if max(height, width) > known.side:
+            raise ValueError(
+                f"{name} ends at {known.side} pixels a side, the result has {width}x{height}: choose "
+                "--format png"
+            )
+        if not known.alpha and pixels.shape[1] in (2, 4) and bool((pixels[:, -1] < 1).any()):
+            raise ValueError(f"{name} has no transparency and the picture has: choose --format png")
 
 
 def result_pixels(job: Job, settings: Settings) -> int:
