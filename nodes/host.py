@@ -1,0 +1,204 @@
+"""The only file that knows ComfyUI: model folder, patcher, memory, dtype, progress, cancelling.
+
+Without ComfyUI every function has a plain answer, so that the nodes can be called from a script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..gendr import GenDR, checkpoint
+
+HOSTED = importlib.util.find_spec("folder_paths") is not None
+if HOSTED:
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.utils
+    import folder_paths
+
+FOLDER = "gendr"
+EMBEDDED = "GenDR-Tiny"
+# A preview is drawn inside the node: often enough to watch, rarely enough to cost nothing.
+PREVIEW_SECONDS = 0.5
+PREVIEW_PIXELS = 512
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(eq=False)
+class Model:
+    """What flows along a GENDR_MODEL wire: a network and the host's hold on its memory.
+
+    ComfyUI finds models among cached results by an attribute of the name `patcher`.
+    """
+
+    gendr: GenDR
+    patcher: Any = None
+
+    def __repr__(self) -> str:
+        return repr(self.gendr)
+
+
+def register_folder() -> None:
+    """Make models/gendr, beside every folder that extra_model_paths.yaml names for it, known."""
+    if not HOSTED:
+        return
+    folder = os.path.join(folder_paths.models_dir, FOLDER)
+    folder_paths.add_model_folder_path(FOLDER, folder)
+    # A folder type of our own starts without extensions, and would then list every file.
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    known = set(extensions) | set(checkpoint.EXTENSIONS)
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, known)
+    # A read-only models folder is no reason to miss the embedded model.
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+
+
+def model_names() -> list[str]:
+    """The embedded model, then every file of the model folder."""
+    return [EMBEDDED, *(folder_paths.get_filename_list(FOLDER) if HOSTED else [])]
+
+
+def model_path(name: str) -> str:
+    """Where the model of this name lies. Raises FileNotFoundError for one that has gone."""
+    if name == EMBEDDED:
+        return os.fspath(checkpoint.EMBEDDED)
+    path = folder_paths.get_full_path(FOLDER, name) if HOSTED else None
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(FOLDER)) if HOSTED else "models/gendr"
+        raise FileNotFoundError(
+            f"The model file {name!r} is not in {folders}: put it there and press R to refresh, "
+            f"or choose {EMBEDDED}, which comes with the pack."
+        )
+    return path
+
+
+def file_stamp(name: str) -> str:
+    """Changes when a model file is replaced; weights of gigabytes are never read for it.
+
+    A digest, because ComfyUI writes it into saved pictures, where a path has no business.
+    """
+    path = model_path(name)
+    facts = os.stat(path)
+    return hashlib.sha256(f"{path} {facts.st_mtime_ns} {facts.st_size}".encode()).hexdigest()
+
+
+def load(path: str, dtype: str) -> Model:
+    """Read a model file and hand its network to the host's memory management."""
+    if not HOSTED:
+        return Model(checkpoint.load(path, device="cpu", dtype=dtype))
+    device = management.get_torch_device()
+    if dtype == "auto":
+        dtype = _usual_dtype(device)
+    # Weights stay where ComfyUI keeps what is not in use; layers cast them to what they work on.
+    gendr = checkpoint.load(path, device="cpu", dtype=dtype, operations=comfy.ops.manual_cast)
+    # Looked up now, not at import: ComfyUI rebinds the name while it starts.
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    offload = management.unet_offload_device()
+    return Model(gendr, patcher(gendr.network, load_device=device, offload_device=offload))
+
+
+def _usual_dtype(device: torch.device) -> str:
+    """What ComfyUI would compute a diffusion model in: honours its flags and the card's age."""
+    choices = list(_DTYPES)
+    dtype = management.unet_dtype(device, supported_dtypes=choices)
+    if dtype not in choices:  # an 8-bit storage flag; weights as small as ours stay in 16 bits
+        dtype = management.unet_manual_cast(dtype, device, supported_dtypes=choices)
+    return _DTYPES.get(dtype, "fp32")
+
+
+def run_device(model: Model) -> torch.device:
+    """Where tiles of this model are computed."""
+    return model.patcher.load_device if model.patcher is not None else model.gendr.device
+
+
+def free_bytes(model: Model, *, loaded: bool) -> int | None:
+    """Bytes for activations; None = unknown. Before the model is loaded, what could be had."""
+    if model.patcher is None:
+        return None
+    device, ours = model.patcher.load_device, model.patcher
+    free = management.get_free_memory(device)
+    if device.type in ("cpu", "mps"):
+        return int(free)  # unloading moves weights within the same memory: nothing to gain
+    free -= management.extra_reserved_memory()
+    for other in management.loaded_models():
+        if other is None or other is ours or other.load_device != device:
+            continue
+        # Others leave when our model is loaded, or, under dynamic VRAM, at any time.
+        if not loaded or getattr(other, "is_dynamic", bool)():
+            free += other.loaded_size()
+    if not loaded:
+        free -= max(0, ours.model_size() - ours.loaded_size())
+    return max(0, int(free))
+
+
+def bring_in(model: Model, activations: int) -> None:
+    """Have the host put the model on the card, with this many bytes left for activations."""
+    if model.patcher is not None:
+        management.load_models_gpu([model.patcher], memory_required=activations)
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether the error is an exhausted memory; if so the host's caches are emptied too."""
+    if not HOSTED:
+        return isinstance(error, torch.OutOfMemoryError)
+    known = getattr(management, "is_oom", lambda e: isinstance(e, management.OOM_EXCEPTION))
+    if not known(error):
+        return False
+    management.soft_empty_cache()
+    return True
+
+
+def cancelled() -> bool:
+    """Raises the host's own exception where the person pressed Cancel."""
+    if HOSTED:
+        management.throw_exception_if_processing_interrupted()
+    return False
+
+
+class Progress:
+    """Tiles of all pictures on the node's bar, with a small preview now and then."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.drawn = time.monotonic()
+
+    def __call__(self, progress: Any) -> None:
+        """progress: a `gendr` Progress, after each tile."""
+        if not HOSTED:
+            return
+        if self.bar is None:
+            self.bar = comfy.utils.ProgressBar(progress.total)
+        preview = None
+        now = time.monotonic()
+        if progress.preview is not None and now - self.drawn > PREVIEW_SECONDS:
+            preview = ("JPEG", _to_pil(progress.preview()), PREVIEW_PIXELS)
+            self.drawn = now
+        self.bar.update_absolute(progress.done, progress.total, preview)
+
+
+def _to_pil(picture: Tensor) -> Image.Image:
+    """c h w in [0, 1] -> PIL, grey or RGB."""
+    picture = picture[:3] if picture.shape[0] >= 3 else picture[:1].expand(3, -1, -1)
+    array = (picture.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(0, -1).numpy()
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def output(image: Tensor) -> Tensor:
+    """A result b h w c in [0, 1] -> where and in what type the host wants pictures."""
+    if not HOSTED:
+        return image
+    dtype = getattr(management, "intermediate_dtype", lambda: torch.float32)()
+    return image.to(management.intermediate_device(), dtype)

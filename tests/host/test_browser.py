@@ -1,0 +1,189 @@
+"""Every template in ComfyUI's real front end: loaded, checked, run, and compared pixel by pixel.
+
+Needs playwright and a Chromium; CHROMIUM names one that is not playwright's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rig
+import torch
+from PIL import Image
+
+import gendr
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="pip install playwright for the browser tests"
+)
+
+TEMPLATES = sorted((rig.ROOT / "workflows").glob("*.json"))
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+# No calls home: without a network they only slow the start.
+QUIET = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+READY = "window.app && window.app.graph && window.app.extensionManager"
+# Widgets whose value their own options forbid, placeholders, and sockets that no node has.
+FAULTS = """() => {
+  const faults = [];
+  for (const node of window.app.graph.nodes) {
+    const facts = node.constructor.nodeData;
+    if (!facts && node.type !== 'MarkdownNote') { faults.push(node.type + ': missing'); continue; }
+    for (const w of node.widgets || []) {
+      const o = w.options || {};
+      const values = typeof o.values === 'function' ? o.values(w, node) : o.values;
+      let good = true;
+      if (w.type === 'combo') good = Array.isArray(values) && values.includes(w.value);
+      else if (w.type === 'number') good = typeof w.value === 'number' && !isNaN(w.value)
+        && (o.min == null || w.value >= o.min) && (o.max == null || w.value <= o.max);
+      else if (w.type === 'toggle') good = typeof w.value === 'boolean';
+      if (!good) faults.push(`${node.type}.${w.name} = ${JSON.stringify(w.value)}`);
+    }
+    if (facts) {
+      const known = {...facts.input.required, ...facts.input.optional};
+      for (const slot of node.inputs || [])
+        if (!(slot.name in known)) faults.push(`${node.type}: socket ${slot.name}`);
+    }
+  }
+  return faults;
+}"""
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    """The front end, opened once."""
+    # A small picture under the name that the templates have: the real one takes minutes here.
+    example = server.base / "input/example.png"
+    with Image.open(example) as picture:
+        picture.convert("RGB").resize((72, 72), Image.Resampling.LANCZOS).save(example)
+    checkpoint = server.base / "models/checkpoints" / "v1-5-pruned-emaonly-fp16.safetensors"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("GENDR_TEST_CHECKPOINT"):
+        checkpoint.symlink_to(os.environ["GENDR_TEST_CHECKPOINT"])
+    else:
+        checkpoint.touch()
+    with playwright.sync_playwright() as play:
+        try:
+            browser = play.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium here: {str(error).splitlines()[0]}")
+        page = browser.new_page(viewport={"width": 1760, "height": 990})
+        open_front_end(page, server)
+        yield page
+        browser.close()
+
+
+def open_front_end(page, server):
+    page.goto(server.url)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(4000)
+
+
+def look(page, name):
+    """Keep a screenshot where GENDR_SCREENSHOTS says so."""
+    if folder := os.environ.get("GENDR_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def load(page, path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    missing = page.evaluate(
+        "g => g.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])", graph
+    )
+    assert missing == []
+    page.evaluate("([g, n]) => window.app.loadGraphData(g, true, true, n)", [graph, path.stem])
+    page.wait_for_timeout(1500)
+
+
+def newest(server, known):
+    """The history entry that was not there before."""
+    end = time.monotonic() + rig.RUN_SECONDS
+    while time.monotonic() < end:
+        fresh = set(server.get("/history")) - known
+        if fresh:
+            return server.wait(fresh.pop())
+        time.sleep(0.3)
+    raise AssertionError(server.log[-3000:])
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+def test_loads_without_a_fault_and_asks_for_what_its_copy_does(page, path):
+    load(page, path)
+    look(page, f"{path.stem} loaded")
+    assert page.evaluate(FAULTS) == []
+    asked = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    copy = json.loads((rig.ROOT / "tests/api" / path.name).read_text(encoding="utf-8"))
+    for number, node in copy.items():
+        assert asked[number]["class_type"] == node["class_type"]
+        for name, value in node["inputs"].items():
+            assert asked[number]["inputs"][name] == value, (node["class_type"], name)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+def test_runs_and_gives_the_library_s_pixels(server, page, path):
+    if "CheckpointLoader" in path.read_text() and not os.environ.get("GENDR_TEST_CHECKPOINT"):
+        pytest.skip("set GENDR_TEST_CHECKPOINT to an SD 1.5 file to run the text-to-image template")
+    load(page, path)
+    known = set(server.get("/history"))
+    page.evaluate("() => window.app.queuePrompt(0, 1)")
+    result = newest(server, known)
+    page.wait_for_timeout(2500)
+    look(page, f"{path.stem} run")
+    assert result.status == "success", result.error
+    copy = json.loads((rig.ROOT / "tests/api" / path.name).read_text(encoding="utf-8"))
+    saver = next(k for k, n in copy.items() if n["class_type"] == "SaveImage")
+    pictures = result.pictures(saver)
+    if "CheckpointLoader" in path.read_text():
+        assert pictures[0].shape == (2048, 2048, 3)
+        return
+    source = np.asarray(Image.open(server.base / "input/example.png").convert("RGB"))
+    pixels = torch.from_numpy(source.copy()).movedim(-1, 0)[None] / 255
+    restored = gendr.load(device="cpu", dtype="fp32").restore(pixels)
+    # Save Image cuts off where others round; the networks agree to a thousandth of a level.
+    expected = (restored[0].movedim(0, -1) * 255).numpy()
+    for picture in pictures:
+        assert picture.shape == (288, 288, 3)
+        assert np.abs(np.floor(expected) - picture).max() <= 1
+        assert (np.floor(expected) != picture).mean() < 0.01
+
+
+def test_another_language(server, page):
+    try:
+        for language, title in (("zh", "GenDR 放大"), ("ja", "GenDR アップスケール")):
+            server.post("/settings", {"Comfy.Locale": language})
+            open_front_end(page, server)
+            load(page, TEMPLATES[0])
+            look(page, f"language {language}")
+            shown = page.evaluate("() => LiteGraph.registered_node_types['GenDRUpscale'].title")
+            assert shown == title
+    finally:
+        server.post("/settings", {"Comfy.Locale": "en"})
+        open_front_end(page, server)
+
+
+def test_a_failing_node_says_why(server, page):
+    """The message reaches the person with its cause in the first line."""
+    load(page, TEMPLATES[0])
+    known = set(server.get("/history"))
+    page.evaluate(
+        """model => {
+          const node = window.app.graph.nodes.find(n => n.type === 'LoadGenDR');
+          node.widgets[0].value = model;
+        }""",
+        "cut.safetensors",
+    )
+    page.evaluate("() => window.app.queuePrompt(0, 1)")
+    result = newest(server, known)
+    page.wait_for_timeout(2000)
+    look(page, "error")
+    assert result.status == "error"
+    assert "cut" in result.error

@@ -1,0 +1,434 @@
+"""The pack in a real ComfyUI, through its API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import rig
+import torch
+from PIL import Image
+
+import gendr
+
+NODES = ("LoadGenDR", "GenDRUpscale", "TiledGenDR")
+LANGUAGES = {"en", "zh", "ja", "ko", "fr", "de", "es", "ru"}
+
+
+def graph(
+    *,
+    node: str = "GenDRUpscale",
+    model: str = rig.MODEL,
+    seed: int = 0,
+    batch: int = 1,
+    height: int = 40,
+    width: int = 56,
+    channels: int = 3,
+    kind: str = "float32",
+    name: str = "picture",
+    **widgets,
+) -> dict:
+    """Noise -> one of our nodes -> a file with the exact result, in API format."""
+    values = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
+    if node == "TiledGenDR":
+        values |= {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
+    values |= {"image": ["1", 0], "model": ["2", 0], **widgets}
+    size = {"batch": batch, "height": height, "width": width, "channels": channels}
+    return {
+        "1": {"class_type": "ProbePicture", "inputs": {**size, "seed": seed, "kind": kind}},
+        "2": {"class_type": "LoadGenDR", "inputs": {"model": model, "dtype": "fp32"}},
+        "3": {"class_type": node, "inputs": values},
+        "4": {
+            "class_type": "ProbeKeep",
+            "inputs": {"image": ["3", 0], "name": name, "model": ["2", 0]},
+        },
+        "5": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}},
+    }
+
+
+def noise(seed=0, batch=1, height=40, width=56, channels=3):
+    """What ProbePicture makes, b c h w."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, height, width, channels, generator=generator).movedim(-1, 1)
+
+
+def kept(server, name="picture"):
+    """What ProbeKeep wrote, b c h w."""
+    return torch.load(server.base / "output" / f"{name}.pt").movedim(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def engine(server):
+    """The same model without a host."""
+    return gendr.load(server.base / "models/gendr" / rig.MODEL, device="cpu", dtype="fp32")
+
+
+def test_the_pack_loads_without_a_word(server):
+    assert "IMPORT FAILED" not in server.log
+    assert "Traceback" not in server.log
+    assert set(NODES) <= set(server.get("/object_info"))
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_input_and_output_explains_itself(server, node):
+    facts = server.get(f"/object_info/{node}")[node]
+    assert facts["category"] == "GenDR"
+    assert facts["description"]
+    assert all(facts["output_tooltips"])
+    assert len(facts["output_tooltips"]) == len(facts["output"])
+    for group in facts["input"].values():
+        for name, spec in group.items():
+            assert len(spec[1]["tooltip"]) > 20, name
+
+
+def test_help_texts_languages_and_templates_are_served(server):
+    for node in NODES:
+        assert b"## Inputs" in server.get(f"/extensions/gendr/docs/{node}.md")
+    translations = server.get("/i18n")
+    assert set(translations) >= LANGUAGES
+    assert all(set(translations[language]["nodeDefs"]) >= set(NODES) for language in LANGUAGES)
+    titles = server.get("/workflow_templates")["gendr"]
+    assert len(titles) == 4
+    for title in titles:
+        place = f"/api/workflow_templates/gendr/{title.replace(' ', '%20')}"
+        assert server.get(f"{place}.json")["nodes"]
+        assert server.get(f"{place}.jpg")[:2] == b"\xff\xd8"
+
+
+def test_the_list_holds_the_embedded_model_first_and_no_other_files(server):
+    (server.base / "models/gendr/readme.txt").write_text("not a model")
+    names = server.get("/object_info/LoadGenDR")["LoadGenDR"]["input"]["required"]["model"][0]
+    assert names[0] == "GenDR-Tiny"
+    assert rig.MODEL in names
+    assert "readme.txt" not in names
+
+
+def test_same_pixels_as_the_library(server, engine):
+    result = server.run(graph())
+    assert result.status == "success"
+    expected = engine.restore(noise(), 2.0, color_fix="wavelet")
+    torch.testing.assert_close(kept(server), expected, atol=1e-4, rtol=0)
+    report = result.text("5")
+    assert "80" in report
+    assert "112" in report
+    dtype, _, contiguous, words = result.entry["outputs"]["4"]["text"]
+    assert (dtype, contiguous) == ("torch.float32", "True")
+    assert words == repr(engine)
+
+
+def test_same_pixels_as_the_command_line(server):
+    name = server.put("picture.png", noise(seed=3)[0].movedim(0, -1))
+    source, target = server.base / "input" / name, server.base / "by_command.png"
+    command = ["upscale", str(source), "-o", str(target), "--scale", "2", "--dtype", "fp32"]
+    command += ["--model", str(server.base / "models/gendr" / rig.MODEL), "--device", "cpu"]
+    subprocess.run([sys.executable, "-m", "gendr", *command], cwd=rig.ROOT, check=True)
+    prompt = graph() | {
+        "1": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "6": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "t"}},
+    }
+    (picture,) = server.run(prompt).pictures("6")
+    expected = np.asarray(Image.open(target)).astype(int)
+    # Save Image cuts off where the command line rounds.
+    assert set(np.unique(expected - picture)) <= {0, 1}
+
+
+def test_tiles_seams_and_the_map(server, engine):
+    prompt = graph(node="TiledGenDR", height=96, width=96, tile_size=128, overlap=32)
+    prompt["6"] = {"class_type": "ProbeKeep", "inputs": {"image": ["3", 2], "name": "map"}}
+    result = server.run(prompt)
+    assert result.status == "success"
+    expected = engine.restore(noise(height=96, width=96), 2.0, tile=128, overlap=32)
+    torch.testing.assert_close(kept(server), expected, atol=1e-4, rtol=0)
+    departed = kept(server, "map")
+    assert departed.shape == (1, 3, 192, 192)
+    assert 0 <= departed.min() <= departed.max() <= 1
+    assert departed.max() > 0
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "float64"])
+def test_any_depth_and_type(server, channels, kind):
+    result = server.run(graph(channels=channels, kind=kind, height=24, width=17))
+    assert result.status == "success", result.error
+    picture = kept(server)
+    assert picture.shape == (1, channels, 48, 34)
+    assert picture.dtype == torch.float32
+    assert picture.isfinite().all()
+
+
+def test_a_batch_is_what_each_picture_is_alone(server, engine):
+    assert server.run(graph(batch=3, height=24, width=24)).status == "success"
+    pictures = noise(batch=3, height=24, width=24)
+    for n, picture in enumerate(kept(server)):
+        alone = engine.restore(pictures[n : n + 1], 2.0)[0]
+        torch.testing.assert_close(picture, alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.37, 2.5, 4.0])
+def test_exact_sizes(server, scale):
+    assert server.run(graph(scale=scale, height=21, width=33)).status == "success"
+    size = tuple(int(side * scale + 0.5) for side in (21, 33))
+    assert kept(server).shape[-2:] == size
+
+
+def test_only_the_masked_part_is_restored(server):
+    sizes = {"batch": 1, "height": 200, "width": 240}
+    rectangle = {"top": 80, "bottom": 120, "left": 100, "right": 140}
+    mask = {"class_type": "ProbeMask", "inputs": sizes | rectangle}
+    prompt = graph(height=200, width=240, mask=["6", 0]) | {"6": mask}
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    plain = gendr.resize(noise(height=200, width=240), (400, 480))
+    changed = (kept(server) - plain).abs().amax(1)[0] > 1e-4
+    rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
+    assert 130 < rows.min() < 175
+    assert 225 < rows.max() < 270
+    assert 170 < columns.min() < 215
+    assert 265 < columns.max() < 310
+    assert "mask" in result.text("5")
+
+
+def refused(server, prompt):
+    """The server's words for a graph that it does not start."""
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    assert status == 400
+    return json.dumps(answer)
+
+
+def failed(server, prompt):
+    """First line of the message of a graph that stops."""
+    result = server.run(prompt)
+    assert result.status == "error"
+    return result.error
+
+
+def test_a_model_that_is_not_there(server):
+    assert "not in list" in refused(server, graph(model="gone.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("other.safetensors", "GenDR"),
+        ("cut.safetensors", "cut"),
+        ("empty.safetensors", "empty.safetensors"),
+        ("text.safetensors", "text.safetensors"),
+        ("evil.pth", "evil.pth"),
+    ],
+)
+def test_a_file_that_is_no_model(server, model, words):
+    message = failed(server, graph(model=model))
+    assert words in message
+    assert len(message) < 400
+    assert not (server.base / "evil").exists()
+    assert server.run(graph()).status == "success"
+
+
+def test_a_mask_of_another_size(server):
+    sizes = {"batch": 1, "top": 0, "bottom": 8, "left": 0, "right": 8}
+    small = {"class_type": "ProbeMask", "inputs": sizes | {"height": 64, "width": 64}}
+    message = failed(server, graph(mask=["6", 0]) | {"6": small})
+    assert "64x64" in message
+    assert "56x40" in message
+    assert "Load Image" in message
+    assert server.run(graph()).status == "success"
+
+
+def test_masks_that_do_not_count_up(server):
+    sizes = {"batch": 2, "top": 0, "bottom": 8, "left": 0, "right": 8, "height": 40, "width": 56}
+    message = failed(
+        server,
+        graph(batch=3, mask=["6", 0]) | {"6": {"class_type": "ProbeMask", "inputs": sizes}},
+    )
+    assert "2 masks for 3 pictures" in message
+
+
+def test_an_empty_batch(server):
+    assert "empty batch" in failed(server, graph(batch=0))
+    assert server.run(graph()).status == "success"
+
+
+def test_a_scale_out_of_range(server):
+    assert "bigger than max" in refused(server, graph(scale=99.0))
+    wire = {"class_type": "ProbeNumber", "inputs": {"value": 99.0}}
+    assert "between 1 and 8" in failed(server, graph(scale=["6", 0]) | {"6": wire})
+    assert server.run(graph()).status == "success"
+
+
+def test_a_color_fix_that_does_not_exist(server):
+    assert "not in list" in refused(server, graph(color_fix="magic"))
+
+
+def test_a_replaced_model_file_is_noticed(server):
+    folder = server.base / "models/gendr"
+    shutil.copy(folder / rig.MODEL, folder / "changing.safetensors")
+    server.run(graph(model="changing.safetensors"))
+    before = kept(server)
+    server.run(graph(model="changing.safetensors", name="again"))
+    assert torch.equal(kept(server, "again"), before)
+    time.sleep(0.02)
+    shutil.copy(folder / rig.SECOND, folder / "changing.safetensors")
+    server.run(graph(model="changing.safetensors"))
+    assert not torch.equal(kept(server), before)
+
+
+def test_two_graphs_queued(server, engine):
+    first = server.queue(graph(seed=11, name="first"))
+    second = server.queue(graph(seed=12, name="second"))
+    assert server.wait(first).status == server.wait(second).status == "success"
+    for seed, name in ((11, "first"), (12, "second")):
+        expected = engine.restore(noise(seed=seed), 2.0)
+        torch.testing.assert_close(kept(server, name), expected, atol=1e-4, rtol=0)
+
+
+def many_tiles(seed, name="picture"):
+    """A graph of some seconds: more than a hundred tiles."""
+    return graph(
+        node="TiledGenDR",
+        seed=seed,
+        height=400,
+        width=400,
+        tile_size=128,
+        overlap=32,
+        tile_batch=1,
+        name=name,
+    )
+
+
+def listen(server, prompt, *, until, on_progress=None):
+    """Queue a graph and gather its messages: (progress values, preview sizes, last type)."""
+    import aiohttp
+
+    async def gather():
+        values, previews = [], []
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{server.url}/ws?clientId=watcher", max_msg_size=0) as socket,
+        ):
+            prompt_id = server.queue(prompt, client="watcher")
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    previews.append(len(message.data))
+                    continue
+                facts = json.loads(message.data)
+                if facts["type"] == "progress" and facts["data"]["node"] == "3":
+                    values.append((facts["data"]["value"], facts["data"]["max"]))
+                    if on_progress is not None:
+                        on_progress(prompt_id, values)
+                if facts["type"] in until:
+                    return values, previews, facts["type"]
+        raise AssertionError("the connection ended early")
+
+    return asyncio.run(asyncio.wait_for(gather(), rig.RUN_SECONDS))
+
+
+ENDS = ("execution_success", "execution_error", "execution_interrupted")
+
+
+def test_progress_counts_tiles_and_shows_small_previews(server):
+    values, previews, end = listen(server, many_tiles(21), until=ENDS)
+    assert end == "execution_success"
+    assert values == sorted(values)
+    assert values[-1][0] == values[-1][1] >= 40
+    assert previews
+    assert len(previews) < values[-1][1]
+    assert max(previews) < 200_000
+
+
+def test_cancel_in_the_middle(server):
+    pressed = []
+
+    def press(prompt_id, values):
+        if len(values) == 3 and not pressed:
+            pressed.append(time.monotonic())
+            server.post("/interrupt", {"prompt_id": prompt_id})
+
+    values, _, end = listen(server, many_tiles(22, "never"), until=ENDS, on_progress=press)
+    waited = time.monotonic() - pressed[0]
+    assert end == "execution_interrupted"
+    assert values[-1][0] < values[-1][1]
+    assert waited < 3
+    assert not (server.base / "output/never.pt").exists()
+    assert server.run(graph(seed=23)).status == "success"
+
+
+def test_twenty_runs_leave_memory_flat(server):
+    taken = []
+    for n in range(20):
+        assert server.run(graph(seed=100 + n, height=128, width=128)).status == "success"
+        taken.append(server.resident_bytes() / 2**20)
+    # The first runs fill caches of allocator and host.
+    early, late = max(taken[5:10]), max(taken[15:])
+    assert late - early < 32, [round(t) for t in taken]
+
+
+def test_loading_again_and_again_leaves_memory_flat(server):
+    taken = []
+    for n in range(12):
+        model = (rig.MODEL, rig.SECOND)[n % 2]
+        assert server.run(graph(seed=200 + n, model=model)).status == "success"
+        taken.append(server.resident_bytes() / 2**20)
+    assert max(taken[8:]) - max(taken[3:6]) < 32, [round(t) for t in taken]
+
+
+@pytest.mark.parametrize("copy", [rig.API_COPIES[0], *rig.API_COPIES[1:]], ids=lambda p: p.stem)
+def test_the_workflows_run(server, copy):
+    prompt = json.loads(copy.read_text())
+    checkpoint = [n for n in prompt.values() if n["class_type"] == "CheckpointLoaderSimple"]
+    if checkpoint:
+        # Without a diffusion model here: an ordinary picture takes the place of the decoded one.
+        words = refused(server, prompt)
+        assert "ckpt_name" in words
+        assert "GenDR" not in words
+        decoder = next(k for k, n in prompt.items() if n["class_type"] == "VAEDecode")
+        prompt[decoder] = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
+    small = {"class_type": "ImageScaleBy", "inputs": {"upscale_method": "area", "scale_by": 0.1}}
+    for node in [n for n in prompt.values() if n["class_type"] in NODES and "image" in n["inputs"]]:
+        small["inputs"]["image"] = node["inputs"]["image"]
+        node["inputs"]["image"] = ["small", 0]
+    prompt["small"] = small
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    saver = next(k for k, n in prompt.items() if n["class_type"] == "SaveImage")
+    assert all(p.shape[:2] == (308, 308) for p in result.pictures(saver))
+
+
+def test_a_folder_of_any_name_works(tmp_path):
+    """Clone, zip and Manager all end in a folder; its name is not ours to choose."""
+    base = tmp_path / "My Comfy v1.2"
+    names = ("ComfyUI-GenDR", "GenDR_v0.1.0", "gendr main (2)")
+    host = rig.ComfyUI(base, packs=names, copy=True)
+    shutil.copy(rig.HERE / "probe_nodes.py", base / "custom_nodes")
+    rig.write_models(base / "models" / "gendr")
+    try:
+        host.start()
+        assert "IMPORT FAILED" not in host.log
+        assert "Cannot import" not in host.log
+        assert set(NODES) <= set(host.get("/object_info"))
+        assert host.run(graph()).status == "success"
+        # Under names with spaces or dots the host itself does not find help pages.
+        assert b"## Inputs" in host.get("/extensions/ComfyUI-GenDR/docs/LoadGenDR.md")
+    finally:
+        host.stop()
+
+
+def test_extra_model_paths_are_searched(tmp_path):
+    elsewhere = tmp_path / "models elsewhere"
+    rig.write_models(elsewhere)
+    paths = tmp_path / "paths.yaml"
+    paths.write_text(f'mine:\n    base_path: "{tmp_path}"\n    gendr: "models elsewhere"\n')
+    host = rig.ComfyUI(tmp_path / "base")
+    try:
+        host.start("--extra-model-paths-config", os.fspath(paths))
+        names = host.get("/object_info/LoadGenDR")["LoadGenDR"]["input"]["required"]["model"][0]
+        assert rig.MODEL in names
+        assert (host.base / "models/gendr").is_dir()
+    finally:
+        host.stop()

@@ -1,0 +1,416 @@
+"""The nodes without ComfyUI: the library's pixels, masks, texts, and the host's side with a fake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pack
+import pytest
+import torch
+from PIL import Image
+
+NODES = pack.nodes().NODE_CLASS_MAPPINGS
+TITLES = pack.nodes().NODE_DISPLAY_NAME_MAPPINGS
+host = pack.nodes("host")
+region = pack.nodes("region")
+LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "ru", "zh")
+WIDGETS = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
+TILES = {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    """A GENDR_MODEL of a tiny network with random weights."""
+    return host.load(str(tiny_checkpoint), "fp32")
+
+
+def picture(height=24, width=20, channels=3, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, height, width, channels, generator=generator)
+
+
+def upscale(model, image, **widgets):
+    return NODES["GenDRUpscale"]().upscale(image, model, **{**WIDGETS, **widgets})
+
+
+def inputs_of(node):
+    types = node.INPUT_TYPES()
+    return {**types["required"], **types.get("optional", {})}
+
+
+# ---- pixels ----
+
+
+def test_same_pixels_as_the_library(model):
+    image = picture()
+    result, report = upscale(model, image, detail=0.7, color_fix="lab")
+    expected = model.gendr.restore(image.movedim(-1, 1), 2.0, detail=0.7, color_fix="lab")
+    assert torch.equal(result, expected.movedim(1, -1))
+    assert result.is_contiguous()
+    assert "20x24" in report
+    assert "40x48" in report
+
+
+def test_same_pixels_as_the_command_line(model, tiny_checkpoint, tmp_path):
+    image = picture(seed=1)
+    source, target = tmp_path / "in.png", tmp_path / "out.png"
+    Image.fromarray((image[0] * 255).round().byte().numpy()).save(source)
+    command = ["upscale", source, "-o", target, "--model", tiny_checkpoint, "--scale", "2"]
+    command += ["--device", "cpu", "--dtype", "fp32", "--quiet"]
+    subprocess.run(
+        [sys.executable, "-m", "gendr", *map(str, command)], cwd=pack.ROOT, check=True, timeout=120
+    )
+    read = torch.from_numpy(np.asarray(Image.open(source)).copy())[None] / 255
+    result, _ = upscale(model, read)
+    expected = torch.from_numpy(np.asarray(Image.open(target)).copy())
+    assert torch.equal((result[0] * 255).round().byte(), expected)
+
+
+def test_tiled_node_passes_every_setting_on(model):
+    image = picture(96, 96)
+    tiles = {"tile_size": 64, "overlap": 16, "tile_batch": 2, "seamless": True}
+    result, report, departed = NODES["TiledGenDR"]().upscale(image, model, **WIDGETS, **tiles)
+    pixels = image.movedim(-1, 1)
+    expected = model.gendr.restore(pixels, 2.0, tile=64, overlap=16, tile_batch=2, seamless=True)
+    assert torch.equal(result, expected.movedim(1, -1))
+    assert "tiles" in report
+    assert departed.shape == (1, 192, 192, 3)
+    assert 0 <= departed.min() <= departed.max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_depths_and_types(model, channels, dtype):
+    image = picture(9, 13, channels).to(dtype)
+    for node, widgets in (("GenDRUpscale", WIDGETS), ("TiledGenDR", WIDGETS | TILES)):
+        result = NODES[node]().upscale(image, model, **widgets)[0]
+        assert result.shape == (1, 18, 26, channels)
+        assert result.dtype == torch.float32
+        assert result.isfinite().all()
+
+
+def test_a_batch_is_its_pictures(model):
+    images = picture(batch=3)
+    result, _ = upscale(model, images)
+    for n in range(3):
+        alone, _ = upscale(model, images[n : n + 1])
+        assert torch.equal(result[n : n + 1], alone)
+
+
+def test_inputs_are_left_alone(model):
+    image, mask = picture(), torch.ones(1, 24, 20)
+    before = image.clone()
+    with torch.inference_mode():
+        upscale(model, image, mask=mask)
+    assert torch.equal(image, before)
+    assert torch.equal(mask, torch.ones(1, 24, 20))
+
+
+@pytest.mark.parametrize("image", [torch.zeros(0, 8, 8, 3), torch.zeros(1, 0, 8, 3)])
+def test_an_empty_batch_is_named(model, image):
+    with pytest.raises(ValueError, match="empty batch"):
+        upscale(model, image)
+
+
+def test_wrong_numbers_are_named(model):
+    with pytest.raises(ValueError, match="scale must be between 1 and 8"):
+        upscale(model, picture(), scale=99.0)
+
+
+# ---- masks ----
+
+
+def masked(height=200, width=240, box=(80, 120, 100, 140), batch=1):
+    mask = torch.zeros(batch, height, width)
+    mask[:, box[0] : box[1], box[2] : box[3]] = 1
+    return mask
+
+
+def plain(image, size):
+    return region.resize(image.movedim(-1, 1), size).movedim(1, -1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.35, 2.0, 1.2345])
+def test_outside_the_mask_nothing_is_restored(model, scale):
+    image, mask = picture(200, 240), masked()
+    result, report = upscale(model, image, scale=scale, mask=mask)
+    size = result.shape[1:3]
+    changed = (result - plain(image, size)).abs().amax(-1)[0] > 1e-6
+    rows, columns = changed.any(1).nonzero() / scale, changed.any(0).nonzero() / scale
+    edge = region.FEATHER + 2
+    assert 80 - edge <= rows.min() <= 82
+    assert 118 <= rows.max() <= 120 + edge
+    assert 100 - edge <= columns.min() <= 102
+    assert 138 <= columns.max() <= 140 + edge
+    assert report.startswith("mask: ")
+
+
+def test_a_white_mask_is_no_mask(model):
+    image = picture()
+    result, _ = upscale(model, image, mask=torch.ones(1, 24, 20))
+    assert torch.equal(result, upscale(model, image)[0])
+
+
+def test_a_black_mask_only_enlarges(model):
+    image = picture()
+    result, report = upscale(model, image, mask=torch.zeros(1, 24, 20))
+    assert torch.equal(result, plain(image, (48, 40)))
+    assert "nothing was restored" in report
+
+
+def test_only_the_masked_part_is_computed(model, monkeypatch):
+    seen = []
+    restore = type(model.gendr).restore_with_report
+
+    def spy(self, image, *rest, **options):
+        seen.append(tuple(image.shape))
+        return restore(self, image, *rest, **options)
+
+    monkeypatch.setattr(type(model.gendr), "restore_with_report", spy)
+    upscale(model, picture(200, 240), mask=masked())
+    margin = 2 * (region.CONTEXT + region.FEATHER) + 4
+    ((_, _, height, width),) = seen
+    assert height <= 40 + margin < 200
+    assert width <= 40 + margin < 240
+
+
+@pytest.mark.parametrize("scale", [1.35, 2.0, 2.55])
+def test_the_part_lies_where_it_belongs(scale):
+    """With an identity instead of a network the seam between the two ways cannot be seen."""
+    image = torch.linspace(0, 1, 233)[None, None, None].expand(1, 3, 187, -1).contiguous()
+    settings = region.Settings(scale=scale)
+
+    def enlarge(part):
+        return region.resize(part, settings.target_size(*part.shape[-2:])), "report"
+
+    mask = masked(187, 233, (100, 187, 150, 233))
+    result, _ = region.restore_within(mask, image, settings, enlarge)
+    whole = region.resize(image, settings.target_size(187, 233))
+    assert result.shape == whole.shape
+    assert (result - whole).abs().max() < 0.004
+
+
+def test_a_thin_line_does_not_fade():
+    mask = torch.zeros(1, 1, 40, 40)
+    mask[..., 20, :] = 1
+    soft = region.feather(mask)
+    assert (soft[..., 20, :] == 1).all()
+    assert (soft[..., 20 - region.FEATHER - 1, :] == 0).all()
+    assert (soft[0, 0, :20, 5].diff() >= 0).all()
+
+
+def test_masks_of_the_wrong_size_and_number(model):
+    image = picture()
+    with pytest.raises(ValueError, match=r"mask is 64x64, the picture 20x24.*Load Image"):
+        upscale(model, image, mask=torch.zeros(1, 64, 64))
+    with pytest.raises(ValueError, match="scale the mask"):
+        upscale(model, image, mask=torch.zeros(1, 24, 21))
+    with pytest.raises(ValueError, match="2 masks for 3 pictures"):
+        upscale(model, picture(batch=3), mask=torch.zeros(2, 24, 20))
+
+
+def test_one_mask_each(model):
+    images = picture(batch=2)
+    masks = torch.stack([torch.zeros(24, 20), torch.ones(24, 20)])
+    result, _ = upscale(model, images, mask=masks)
+    assert torch.equal(result[:1], plain(images[:1], (48, 40)))
+    assert torch.equal(result[1:], upscale(model, images[1:])[0])
+
+
+# ---- texts and defaults ----
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_defaults_are_the_project_s(name):
+    settings = region.Settings()
+    renamed = {"tile_size": "tile"}
+    for key, spec in inputs_of(NODES[name]).items():
+        field = renamed.get(key, key)
+        if hasattr(settings, field):
+            assert spec[1]["default"] == getattr(settings, field), key
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_text_is_translated(language):
+    texts = json.loads((pack.ROOT / f"locales/{language}/nodeDefs.json").read_text("utf-8"))
+    assert set(texts) == set(NODES)
+    for name, node in NODES.items():
+        assert texts[name]["display_name"]
+        assert texts[name]["description"]
+        assert list(texts[name]["inputs"]) == list(inputs_of(node))
+        assert list(texts[name]["outputs"]) == [str(n) for n in range(len(node.RETURN_TYPES))]
+        for text in (*texts[name]["inputs"].values(), *texts[name]["outputs"].values()):
+            assert text["name"]
+            assert text["tooltip"]
+
+
+def test_english_texts_are_the_nodes_own():
+    texts = json.loads((pack.ROOT / "locales/en/nodeDefs.json").read_text("utf-8"))
+    for name, node in NODES.items():
+        assert texts[name]["display_name"] == TITLES[name]
+        assert texts[name]["description"] == node.DESCRIPTION
+        for key, spec in inputs_of(node).items():
+            assert texts[name]["inputs"][key]["tooltip"] == spec[1]["tooltip"]
+        told = [output["tooltip"] for output in texts[name]["outputs"].values()]
+        assert told == list(node.OUTPUT_TOOLTIPS)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_help_page_names_every_input(name):
+    texts = json.loads((pack.ROOT / "locales/en/nodeDefs.json").read_text("utf-8"))
+    page = (pack.ROOT / f"web/docs/{name}.md").read_text("utf-8")
+    if name == "TiledGenDR":
+        page += (pack.ROOT / "web/docs/GenDRUpscale.md").read_text("utf-8")
+    assert page.startswith(f"# {TITLES[name]}\n")
+    for text in (*texts[name]["inputs"].values(), *texts[name]["outputs"].values()):
+        assert f"**{text['name']}**" in page
+
+
+# ---- the host ----
+
+
+def test_without_a_host_the_door_is_shut():
+    assert not hasattr(pack.load(), "NODE_CLASS_MAPPINGS")
+
+
+@pytest.mark.parametrize("folder", ["main", "ComfyUI-GenDR main (2)", "v0.1"])
+def test_the_door_opens_only_inside_comfyui(folder, tmp_path):
+    """Loaded by path, with and without a `folder_paths` that can be found."""
+    root = tmp_path / folder
+    (root / "nodes").mkdir(parents=True)
+    (root / "__init__.py").write_text((pack.ROOT / "__init__.py").read_text())
+    (root / "nodes/__init__.py").write_text(
+        "NODE_CLASS_MAPPINGS = {}\nNODE_DISPLAY_NAME_MAPPINGS = {}\n"
+    )
+    script = (
+        "import importlib.util, sys\n"
+        "path = sys.argv[1]; name = path.replace('.', '_x_')\n"
+        "spec = importlib.util.spec_from_file_location(name, path + '/__init__.py')\n"
+        "module = importlib.util.module_from_spec(spec); sys.modules[name] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "assert hasattr(module, 'NODE_CLASS_MAPPINGS') == (sys.argv[2] == 'open')\n"
+    )
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "folder_paths.py").touch()
+    for place, state in ((tmp_path, "shut"), (inside, "open")):
+        command = [sys.executable, "-c", script, str(root), state]
+        subprocess.run(command, cwd=place, check=True, timeout=60)
+
+
+class FakePatcher:
+    def __init__(self, size, loaded, device="cuda", dynamic=False):
+        self.load_device = torch.device(device)
+        self.size, self.held, self.dynamic = size, loaded, dynamic
+
+    def model_size(self):
+        return self.size
+
+    def loaded_size(self):
+        return self.held
+
+    def is_dynamic(self):
+        return self.dynamic
+
+
+@pytest.fixture
+def management(monkeypatch):
+    """A stand-in for comfy.model_management with one card."""
+    fake = SimpleNamespace(
+        get_free_memory=lambda device: 1000,
+        extra_reserved_memory=lambda: 100,
+        loaded_models=list,
+        OOM_EXCEPTION=torch.OutOfMemoryError,
+        emptied=0,
+    )
+
+    def empty():
+        fake.emptied += 1
+
+    fake.soft_empty_cache = empty
+    monkeypatch.setattr(host, "management", fake, raising=False)
+    monkeypatch.setattr(host, "HOSTED", True)
+    return fake
+
+
+def test_memory_to_plan_with(management):
+    ours = FakePatcher(size=300, loaded=0)
+    model = host.Model(None, ours)
+    others = [FakePatcher(500, 400), FakePatcher(500, 400, device="cpu"), None, ours]
+    management.loaded_models = lambda: others
+    # Before: the other model on the card will make room, and ours will take some.
+    assert host.free_bytes(model, loaded=False) == 1000 - 100 + 400 - 300
+    assert host.free_bytes(model, loaded=True) == 1000 - 100
+    others[0].dynamic = True
+    assert host.free_bytes(model, loaded=True) == 1000 - 100 + 400
+    # In main memory nothing is gained by moving models.
+    ours.load_device = torch.device("cpu")
+    assert host.free_bytes(model, loaded=False) == 1000
+
+
+def test_out_of_memory_in_old_and_new_versions(management):
+    assert host.is_oom(torch.OutOfMemoryError())
+    assert management.emptied == 1
+    assert not host.is_oom(ValueError())
+    management.is_oom = lambda error: "CUDA error 2" in str(error)
+    assert host.is_oom(RuntimeError("CUDA error 2"))
+    assert management.emptied == 2
+
+
+@pytest.mark.parametrize(
+    ("usual", "cast", "expected"),
+    [
+        (torch.bfloat16, None, "bf16"),
+        (torch.float16, None, "fp16"),
+        (torch.float32, None, "fp32"),
+        (torch.float64, None, "fp32"),
+        (torch.float8_e4m3fn, torch.float16, "fp16"),
+    ],
+)
+def test_dtype_follows_the_host(management, usual, cast, expected):
+    management.unet_dtype = lambda device, supported_dtypes: usual
+    management.unet_manual_cast = lambda dtype, device, supported_dtypes: cast
+    assert host._usual_dtype(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("base", [Exception, BaseException])
+def test_the_host_s_own_interruption_passes_through(management, model, base):
+    """It is an Exception in older versions of ComfyUI and a BaseException in newer ones."""
+
+    class InterruptProcessingException(base):
+        pass
+
+    def throw():
+        raise InterruptProcessingException
+
+    management.throw_exception_if_processing_interrupted = throw
+    with pytest.raises(InterruptProcessingException):
+        upscale(model, picture())
+
+
+def test_a_stamp_changes_with_the_file_and_hides_its_path(tmp_path, monkeypatch):
+    file = tmp_path / "private folder" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"1")
+    monkeypatch.setattr(host, "model_path", lambda name: str(file))
+    first = host.file_stamp("model")
+    assert first == host.file_stamp("model")
+    assert "private" not in first
+    file.write_bytes(b"22")
+    assert host.file_stamp("model") != first
+
+
+def test_a_model_shows_what_it_is(model):
+    for fact in (model.gendr.name, model.gendr.licence):
+        assert fact in repr(model)
+    assert hasattr(model, "patcher")
+
+
+def test_the_embedded_model_comes_first():
+    assert host.model_names()[0] == "GenDR-Tiny"
+    with pytest.raises(FileNotFoundError, match="GenDR-Tiny, which comes with the pack"):
+        host.model_path("gone.safetensors")
