@@ -203,8 +203,8 @@ def fold_state(
 ) -> tuple[StepConfig, dict[str, Tensor]]:
     """Fold the constants of one step into tensors: (configuration, state of `OneStep`).
 
-    unet, vae: state dicts of `UNet` and `VAE`. Sums are taken in float64 and returned in the
-    dtype of the tensor they replace; tensors that folding leaves alone are passed on, not copied.
+    unet, vae: state dicts of `UNet` and `VAE`. Sums are taken in float64 and returned in float32
+    at least, whatever they were made of; tensors that folding leaves alone are passed on as they are.
     """
     names = prompt_names(embeds)
     context = torch.cat([embeds[n] for n in names]).double()
@@ -227,16 +227,17 @@ def fold_state(
             stem, which = name.rsplit(".", 2)[0], {"to_k": "key", "to_v": "value"}
             state[f"unet.{stem}.{which[name.split('.')[-2]]}"] = (
                 context @ tensor.double().T
-            ).to(tensor.dtype)
+            ).to(_at_least_float32(tensor))
             continue
         if name.endswith(".conv1.bias"):
             block = name.removesuffix(".conv1.bias")
             shift = linear(temb, f"{block}.time_emb_proj")[0]
-            tensor = (tensor.double() + shift).to(tensor.dtype)
+            tensor = (tensor.double() + shift).to(_at_least_float32(tensor))
         elif name == "conv_in.weight":
-            tensor = (tensor.double() * scale).to(tensor.dtype)
+            tensor = (tensor.double() * scale).to(_at_least_float32(tensor))
         elif name in ("conv_out.weight", "conv_out.bias"):
-            tensor = (tensor.double() * (config.coefficients[1] / scale)).to(tensor.dtype)
+            factor = config.coefficients[1] / scale
+            tensor = (tensor.double() * factor).to(_at_least_float32(tensor))
         state[f"unet.{name}"] = tensor
 
     channels = config.vae.latent_channels
@@ -257,7 +258,11 @@ def _mean_only(tensor: Tensor, bias: bool, vae: dict[str, Tensor], channels: int
     merged = torch.einsum("oi,i...->o...", rows, tensor.double())
     if bias:
         merged = merged + vae["quant_conv.bias"][:channels].double()
-    return merged.to(tensor.dtype)
+    return merged.to(_at_least_float32(tensor))
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def build(config: StepConfig, state: dict[str, Tensor], *, operations: Any = nn) -> OneStep:
@@ -269,9 +274,10 @@ def build(config: StepConfig, state: dict[str, Tensor], *, operations: Any = nn)
 
 
 def fold(network: Unfolded, *, operations: Any = nn) -> OneStep:
-    """The folded form of an unfolded network; unchanged tensors are shared."""
+    """The folded form of an unfolded network, in its dtype; unchanged tensors are shared."""
     embeds = {k: v.detach() for k, v in network.embeds.items()}
-    config, state = fold_state(
-        network.config, network.unet.state_dict(), network.vae.state_dict(), embeds
-    )
+    unet, vae = network.unet.state_dict(), network.vae.state_dict()
+    config, state = fold_state(network.config, unet, vae, embeds)
+    inside, outside = unet["conv_in.weight"].dtype, vae["decoder.conv_in.weight"].dtype
+    state = {k: v.to(inside if k.startswith("unet.") else outside) for k, v in state.items()}
     return build(config, state, operations=operations)

@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=128, help="pixels, a multiple of 8")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    # Without normalisation 1e-3 drove the activations to 1e5 and the networks silent.
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--warmup", type=int, default=250)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=100, num_training_steps=args.steps
+        "cosine", optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps
     )
     average = Average(vae, args.ema)
     first = 0

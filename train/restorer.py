@@ -87,7 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=128, help="pixels of the result")
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=5e-4, help="of the UNet")
+    parser.add_argument(
+        "--lr-vae",
+        type=float,
+        default=2e-4,
+        help="of the autoencoder, which has no normalisation: 6e-4 drove its activations to 1e5",
+    )
+    parser.add_argument("--warmup", type=int, default=250)
     parser.add_argument("--teacher-share", type=float, default=0.85, help="the rest is the clean crop")
     parser.add_argument("--gradient", type=float, default=0.5, help="weight of the edge term")
     parser.add_argument("--autoencode", type=float, default=0.25, help="share of the batch")
@@ -116,9 +123,14 @@ def main(argv: list[str] | None = None) -> None:
     for linear in (network.vae.encoder.linear, network.vae.decoder.linear):
         linear.requires_grad_(False)
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-3)
+    own = {id(p) for p in network.vae.parameters()}
+    groups = [
+        {"params": [p for p in trained if id(p) in own], "lr": args.lr_vae},
+        {"params": [p for p in trained if id(p) not in own], "lr": args.lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=100, num_training_steps=args.steps
+        "cosine", optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps
     )
     average = Average(network, args.ema)
     first = 0
@@ -188,13 +200,15 @@ def main(argv: list[str] | None = None) -> None:
             loss = loss + args.autoencode * pixel_loss(y_plain, plain, gradient=args.gradient)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
         if run.accept(loss):
             optimizer.step()
             average.update()
         schedule.step()
-        if step % 50 == 0:
-            run.log(step, loss=float(loss.detach()), lr=schedule.get_last_lr()[0])
+        if step % 25 == 0:
+            with torch.no_grad():
+                spread = float(y.detach().float().std())
+            run.log(step, loss=float(loss.detach()), gradient=float(norm), spread=spread)
         if step % args.save_every == 0 or step == args.steps:
             run.progress(step, args.steps, first, args.batch, validate(step))
             save(step)

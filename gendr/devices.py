@@ -1,0 +1,198 @@
+"""Where and how precisely to compute: device, dtype by probe, free memory, out-of-memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .settings import DTYPES
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A half-size dtype must be at least this much faster than float32 to be worth its rounding.
+WORTH = 1.2
+# Largest relative error of the probe that still means "computed in this dtype", 2^-8 for bf16.
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of the UNet and of the autoencoder, the name a person gave or got, and why."""
+
+    name: str
+    unet: torch.dtype
+    vae: torch.dtype
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The named device, or the best one there is. ValueError when it isn't there."""
+    if str(name) != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(
+                f"device {str(name)!r} can't be used here: choose auto or cpu ({first})"
+            ) from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_precision(device: torch.device, requested: str = "auto") -> Precision:
+    """Dtypes for a device. `auto` takes bf16, then fp16, where a probe shows that they pay.
+
+    The autoencoder never runs in fp16: its activations leave that range.
+    """
+    if requested not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
+    if requested == "auto":
+        candidates = ("bf16",) if device.type == "cpu" else ("bf16", "fp16")
+        tried = []
+        for name in candidates:
+            works, gain = probe(str(device), name)
+            if works and gain >= WORTH:
+                return _precision(device, name, f"{gain:.1f}x fp32 on this {device.type}")
+            tried.append(f"{name} {gain:.1f}x" if works else f"{name} fails")
+        return _precision(device, "fp32", f"nothing faster on this {device.type}: {tried[0]}")
+    if requested != "fp32" and not probe(str(device), requested)[0]:
+        raise ValueError(f"{requested} doesn't work on this {device.type}: choose auto or fp32")
+    return _precision(device, requested, "as asked")
+
+
+def _precision(device: torch.device, name: str, reason: str) -> Precision:
+    vae = TORCH_DTYPES[name]
+    if name == "fp16":
+        vae = torch.bfloat16 if probe(str(device), "bf16")[0] else torch.float32
+        reason += f", autoencoder in {'bf16' if vae == torch.bfloat16 else 'fp32'}"
+    return Precision(name, TORCH_DTYPES[name], vae, reason)
+
+
+@functools.lru_cache
+def probe(device: str, name: str) -> tuple[bool, float]:
+    """Whether a convolution in this dtype is right on the device, and how many times faster."""
+    size = 64 if device.startswith("cpu") else 256
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, size, size, generator=generator).to(device)
+    weight = (torch.randn(64, 64, 3, 3, generator=generator) / 24).to(device)
+    try:
+        exact, slow = _timed(x, weight)
+        rough, quick = _timed(x.to(TORCH_DTYPES[name]), weight.to(TORCH_DTYPES[name]))
+        error = float((rough.float() - exact).norm() / exact.norm())
+    except (RuntimeError, TypeError):
+        return False, 0.0
+    return error <= TOLERANCE, slow / quick
+
+
+def _timed(x: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(6):
+            start = time.perf_counter()
+            for _ in range(4):
+                y = F.conv2d(x, weight, padding=1)
+            synchronize(x.device)
+            best = min(best, time.perf_counter() - start)
+    return y, best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, where it works on its own."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new allocation on this device can count on."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    if device.type == "xpu":
+        total = torch.xpu.get_device_properties(device).total_memory
+        return total - torch.xpu.memory_allocated(device)
+    if device.type == "mps":
+        limit = torch.mps.recommended_max_memory()
+        return min(limit - torch.mps.current_allocated_memory(), _free_host_bytes())
+    return _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
+    if sys.platform.startswith("linux"):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+        return min(free, _free_in_container())
+    if sys.platform == "win32":
+        return _free_windows_bytes()
+    # macOS keeps little memory strictly free; half of the whole is what its own tools go by.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_in_container() -> int:
+    """What a memory limit of this process group leaves; huge where there is none."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            used = int(file.read())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+
+
+def _free_windows_bytes() -> int:
+    class Status(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+            (name, ctypes.c_ulonglong)
+            for name in ("total", "free", "page", "freepage", "virtual", "freevirtual", "extended")
+        ]
+
+    status = Status()
+    status.length = ctypes.sizeof(Status)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return int(status.free)
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give cached blocks back after an out-of-memory error."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure the device's peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak of allocated device memory since `reset_peak`; None where the device doesn't tell."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

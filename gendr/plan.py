@@ -1,0 +1,222 @@
+"""What a run will do and what it will need, before it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .onestep import StepConfig
+from .resize import up_to_multiple
+from .settings import Settings
+from .tiles import WHOLE, Grid, fit_grid
+
+# Share of the free memory that a plan may fill: estimates miss, and others allocate too.
+BUDGET = 0.8
+# Default share of a tile that its neighbour sees as well, and its largest value in pixels.
+OVERLAP_SHARE, OVERLAP_LIMIT = 0.25, 128
+# The autoencoder's attention grows with the square of the picture; above 2048 px it costs more
+# than everything else, and the whole step is tiled instead.
+ATTENTION_POSITIONS = 65536
+# Tensors of one resolution that live at once in a residual block: eager, and by strips.
+EAGER_TENSORS, STRIP_TENSORS = 3.25, 1.75
+# Strips are of bounded size; so is what one of them allocates.
+STRIP_EXTRA = 400 * 2**20
+# float32 planes of the picture that lie around a run: input, enlarged, result, blend, colour fix.
+PLANES = 6
+# Tiles in one pass, where memory allows and the device gains from it.
+BATCH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run as it will go. Sizes are (height, width) in pixels of the output.
+
+    mode: "whole" (one pass), "strips" (the autoencoder over the whole picture in exact strips, the
+    UNet in tiles of the latent) or "tiles" (encode, step and decode in tiles).
+    target: the tile edge that the grid was fitted to. margin: how far a repeating picture is
+    continued past its edges.
+    """
+
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    padded_size: tuple[int, int]
+    images: int
+    mode: str
+    tiles: int
+    tile: tuple[int, int]
+    target: int
+    overlap: int
+    tile_batch: int
+    strips: bool
+    margin: int
+    bytes_needed: int
+    free_bytes: int
+    dtype: str
+    device: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        (h, w), (oh, ow) = self.input_size, self.output_size
+        how = {
+            "whole": "in one pass",
+            "strips": f"autoencoder whole, UNet in {self.tiles} tiles",
+            "tiles": f"in {self.tiles} tiles",
+        }[self.mode]
+        if self.mode != "whole":
+            how += f" of {self.tile[1]}x{self.tile[0]}, overlap {self.overlap}"
+        several = f"{self.images} pictures, each " if self.images > 1 else ""
+        return (
+            f"{several}{w}x{h} -> {ow}x{oh} ({oh * ow / 1e6:.1f} MP), {how}; about "
+            f"{self.bytes_needed / 2**30:.1f} of {self.free_bytes / 2**30:.1f} GiB free on "
+            f"{self.device}, {self.dtype}"
+        )
+
+
+def autoencoder_bytes(
+    config: StepConfig, height: int, width: int, *, bytes_each: int, strips: bool
+) -> int:
+    """Peak of encode and decode: the widest level times the tensors of it that live at once."""
+    widths, patch = config.vae.block_out_channels, config.vae.patch_size
+    widest = max(
+        wide / (patch * 2**level) ** 2
+        for level, wide in enumerate((*widths[1:], widths[-1]))
+    )
+    tensors = STRIP_TENSORS if strips else EAGER_TENSORS
+    peak = widest * tensors * height * width * bytes_each
+    return int(peak + (STRIP_EXTRA if strips else 0))
+
+
+def unet_bytes(config: StepConfig, height: int, width: int, bytes_each: int) -> int:
+    """Peak of the UNet on the latent of height x width pixels: skips and the widest feed-forward."""
+    c = config.unet
+    skips = working = 0.0
+    for level, wide in enumerate(c.block_out_channels):
+        share = 1 / 4**level
+        skips += wide * (c.layers_per_block + 1) * share
+        # A transformer's GEGLU holds 8 widths, its gate 4, and the residuals; a block about 6.
+        working = max(working, wide * (14 if c.attention[level] else 6) * share)
+    positions = height * width / config.vae.factor**2
+    return int((skips + working) * positions * bytes_each)
+
+
+def make(
+    config: StepConfig,
+    settings: Settings,
+    height: int,
+    width: int,
+    *,
+    images: int,
+    train_tile: int,
+    free: int,
+    bytes_each: int,
+    dtype: str,
+    device: str,
+    batched: bool,
+    guidance: float,
+) -> Plan:
+    """The plan for pictures of height x width.
+
+    train_tile: edge in pixels that the model was trained on. bytes_each: of one activation.
+    batched: whether the device gains from several tiles in one pass.
+    """
+    output = settings.target_size(height, width)
+    m = config.multiple
+    target = up_to_multiple(settings.tile or train_tile, m)
+    overlap = settings.overlap or min(OVERLAP_LIMIT, int(target * OVERLAP_SHARE))
+    overlap = up_to_multiple(overlap, config.vae.factor)
+    # A picture that repeats is continued past its edges, and its end fades into its start.
+    margin = overlap if settings.seamless else 0
+    padded = tuple(up_to_multiple(side + 2 * margin, m) for side in output)
+    planes = PLANES * 3 * 4 * padded[0] * padded[1]
+    budget = max(0, int(free * BUDGET) - planes)
+    passes = 2 if guidance > 1 else 1
+
+    def needed(h: int, w: int, batch: int, strips: bool) -> int:
+        autoencoder = autoencoder_bytes(config, h, w, bytes_each=bytes_each, strips=strips)
+        return max(autoencoder * batch, unet_bytes(config, h, w, bytes_each) * passes * batch)
+
+    common = Plan(
+        input_size=(height, width),
+        output_size=output,
+        padded_size=padded,
+        images=images,
+        mode="whole",
+        tiles=1,
+        tile=padded,
+        target=max(padded),
+        overlap=0,
+        tile_batch=1,
+        strips=False,
+        margin=margin,
+        bytes_needed=0,
+        free_bytes=free,
+        dtype=dtype,
+        device=device,
+    )
+    limit = WHOLE * target
+    if max(padded) <= limit or (not settings.tile and padded[0] * padded[1] <= limit * limit):
+        for strips in (False, True):
+            if (need := needed(*padded, 1, strips)) <= budget:
+                return replace(common, strips=strips, bytes_needed=need + planes)
+    f = config.vae.factor
+    attention = config.vae.mid_attention
+    if not settings.tile and (
+        not attention or padded[0] * padded[1] // f**2 <= ATTENTION_POSITIONS
+    ):
+        grid = latent_grid(config, padded, target, overlap)
+        tile = grid.tile_height * f, grid.tile_width * f
+        need = max(
+            autoencoder_bytes(config, *padded, bytes_each=bytes_each, strips=True),
+            unet_bytes(config, *tile, bytes_each) * passes,
+        )
+        if need <= budget and len(grid) > 1:
+            return replace(
+                common,
+                mode="strips",
+                tiles=len(grid),
+                tile=tile,
+                target=target,
+                overlap=overlap,
+                strips=True,
+                bytes_needed=need + planes,
+            )
+    while True:
+        overlap = min(overlap, max(0, target - m))
+        grid = fit_grid(*padded, target, overlap, m)
+        tile = grid.tile_height, grid.tile_width
+        need = needed(*tile, 1, False)
+        if need <= budget or settings.tile or target <= m:
+            break
+        target = up_to_multiple(target // 2, m)
+        overlap = min(overlap, up_to_multiple(target * OVERLAP_SHARE, f))
+    batch = settings.tile_batch or (BATCH if batched else 1)
+    while batch > 1 and (batch > len(grid) or needed(*tile, batch, False) > budget):
+        batch -= 1
+    return replace(
+        common,
+        mode="tiles" if len(grid) > 1 else "whole",
+        tiles=len(grid),
+        tile=tile,
+        target=target,
+        overlap=overlap if len(grid) > 1 else 0,
+        tile_batch=batch,
+        bytes_needed=needed(*tile, batch, False) + planes,
+    )
+
+
+def latent_grid(
+    config: StepConfig, padded: tuple[int, int], target: int, overlap: int
+) -> Grid:
+    """The grid of the UNet's tiles in positions of the latent, for sizes given in pixels."""
+    f = config.vae.factor
+    return fit_grid(
+        padded[0] // f,
+        padded[1] // f,
+        max(1, target // f),
+        math.ceil(overlap / f),
+        config.unet.multiple,
+    )

@@ -1,0 +1,83 @@
+"""What a run did: progress while it goes, a report at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+class Cancelled(Exception):
+    """The person stopped the run between two tiles."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Work done so far, over all pictures of a run.
+
+    done, total: passes (tiles, and encode and decode where they run on their own).
+    preview: makes a small picture 3 h w in [0, 1] of the part that was just finished; None where
+    there is nothing to see yet. Only pay for it when it will be shown.
+    """
+
+    done: int
+    total: int
+    image_index: int
+    preview: Callable[[], Tensor] | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What was done to a batch. Sizes are (height, width).
+
+    delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
+    size, and the input; means over the pictures.
+    seam_score: gradient at tile borders / beside them, 1 = nothing to see; None without tiles.
+    events: what had to be changed on the way, such as smaller tiles after running out of memory.
+    """
+
+    model: str
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    images: int
+    mode: str
+    tiles: int
+    tile: tuple[int, int]
+    overlap: int
+    dtype: str
+    device: str
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    delta_e: float = 0.0
+    lr_psnr: float = 0.0
+    seam_score: float | None = None
+    events: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        (h, w), (oh, ow) = self.input_size, self.output_size
+        several = f"{self.images} pictures, each " if self.images > 1 else ""
+        lines = [
+            f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s",
+            f"{self.device}, {self.dtype}"
+            + (f", peak {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else ""),
+        ]
+        if self.mode != "whole":
+            lines[-1] += (
+                f", {self.tiles} tiles of {self.tile[1]}x{self.tile[0]}, overlap {self.overlap}"
+            )
+            if self.seam_score is not None:
+                lines[-1] += f", seam score {self.seam_score:.2f}"
+        lines.append(
+            f"reduced to the input's size: {self.lr_psnr:.1f} dB, mean colour difference "
+            f"{self.delta_e:.2f} dE"
+        )
+        return "\n".join(lines + self.events)

@@ -1,0 +1,383 @@
+"""The promises of `GenDR.restore`, with tiny random networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gendr
+from gendr import Settings
+from gendr.fidelity import reduce
+from gendr.inputs import fill_transparent
+from gendr.onestep import OneStep
+from gendr.strips import Strips
+
+
+def picture(h: int, w: int, c: int = 3, b: int = 1, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(b, c, h, w, generator=generator)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (37, 53), (7, 3), (32, 32)])
+@pytest.mark.parametrize("scale", [1.0, 1.37, 2.5, 4.0])
+def test_output_size_is_input_times_scale(tiny, size, scale):
+    y = tiny.restore(picture(*size), scale=scale)
+    assert y.shape == (1, 3, *(int(side * scale + 0.5) or 1 for side in size))
+    assert y.dtype == torch.float32
+    assert 0 <= float(y.min())
+    assert float(y.max()) <= 1
+
+
+def test_panorama_and_largest_scale(tiny):
+    assert tiny.restore(picture(1, 400), scale=4).shape == (1, 3, 4, 1600)
+    assert tiny.restore(picture(9, 5), scale=8).shape == (1, 3, 72, 40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"long_side": 100}, (64, 100)),
+        ({"short_side": 100}, (100, 156)),
+        ({"megapixels": 0.01}, (80, 125)),
+        ({"long_side": 25}, (16, 25)),
+    ],
+)
+def test_target_sizes(tiny, settings, size):
+    assert tiny.restore(picture(32, 50), **settings).shape[-2:] == size
+
+
+def test_same_input_same_output(tiny):
+    x = picture(20, 30)
+    assert torch.equal(tiny.restore(x, scale=2), tiny.restore(x, scale=2))
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 64, "overlap": 16, "tile_batch": 3}])
+def test_batch_equals_singles(tiny, settings):
+    x = picture(30, 40, b=3)
+    whole = tiny.restore(x, scale=3, **settings)
+    for index in range(3):
+        assert torch.equal(whole[index : index + 1], tiny.restore(x[index : index + 1], 3, **settings))
+
+
+def test_input_is_left_alone(tiny):
+    x = picture(16, 16)
+    before = x.clone()
+    tiny.restore(x, scale=2, fidelity=0.5, seamless=True)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_dtype(tiny, dtype):
+    x = picture(16, 16).to(dtype)
+    assert torch.allclose(tiny.restore(x, 2), tiny.restore(x.float(), 2), atol=1e-6)
+
+
+def test_grey_stays_grey_and_equals_grey_colours(tiny):
+    x = picture(16, 20, c=1)
+    y = tiny.restore(x, scale=2)
+    assert y.shape[1] == 1
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    colours = tiny.restore(x.expand(-1, 3, -1, -1), scale=2)
+    assert torch.allclose(y, (colours * weights).sum(1, keepdim=True), atol=1e-5)
+
+
+def test_alpha_is_kept(tiny):
+    rgb = picture(16, 16)
+    opaque = torch.cat([rgb, torch.ones(1, 1, 16, 16)], 1)
+    y = tiny.restore(opaque, scale=3)
+    assert y.shape[1] == 4
+    assert bool((y[:, 3] == 1).all())
+    assert torch.equal(y[:, :3], tiny.restore(rgb, scale=3))
+    opaque[:, 3, :, :8] = 0
+    assert float(tiny.restore(opaque, scale=3)[:, 3, :, :15].max()) < 0.1
+    assert tiny.restore(picture(8, 8, c=2), scale=2).shape == (1, 2, 16, 16)
+
+
+def test_what_is_hidden_does_not_shine_through(tiny):
+    a = torch.cat([picture(16, 16), torch.ones(1, 1, 16, 16)], 1)
+    a[:, 3, 4:9, 5:11] = 0
+    b = a.clone()
+    b[:, :3, 4:9, 5:11] = 1
+    assert torch.equal(tiny.restore(a, 2), tiny.restore(b, 2))
+
+
+def test_filling_leaves_the_visible_alone():
+    colours, alpha = picture(13, 9), torch.ones(1, 1, 13, 9)
+    alpha[..., 3:8, 2:5] = 0
+    filled = fill_transparent(colours, alpha)
+    seen = alpha.expand(-1, 3, -1, -1) > 0
+    assert torch.equal(filled[seen], colours[seen])
+    flat = fill_transparent(torch.full_like(colours, 0.3) * alpha, alpha)
+    assert torch.allclose(flat, torch.full_like(flat, 0.3), atol=1e-6)
+
+
+def test_out_of_range_values_are_clamped(tiny):
+    x = picture(16, 16) * 3 - 1
+    assert torch.equal(tiny.restore(x, 2), tiny.restore(x.clamp(0, 1), 2))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.rand(0, 3, 8, 8), "batch is empty"),
+        (torch.rand(1, 3, 0, 8), "empty"),
+        (torch.rand(3, 8, 8), "b c h w"),
+        (torch.rand(1, 8, 8, 3), "b c h w, not b h w c"),
+        (torch.full((1, 3, 8, 8), float("nan")), "192 values that are NaN"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "divide 8-bit values by 255"),
+    ],
+)
+def test_bad_input_is_named(tiny, image, words):
+    with pytest.raises(ValueError, match=words):
+        tiny.restore(image)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale": 0.5},
+        {"scale": 9},
+        {"scale": float("nan")},
+        {"detail": 2.0},
+        {"fidelity": -0.1},
+        {"color_fix": "sepia"},
+        {"tile": -64},
+        {"tile": 64.5},
+        {"long_side": 100, "megapixels": 1.0},
+        {"scale": "4"},
+    ],
+)
+def test_bad_settings_are_named(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Settings(**settings)
+
+
+def test_too_large_a_target_is_refused(tiny):
+    with pytest.raises(ValueError, match="25.0 times the input"):
+        tiny.restore(picture(4, 4), long_side=100)
+
+
+def test_a_tile_that_covers_all_changes_nothing(tiny):
+    x = picture(24, 40)
+    assert torch.equal(tiny.restore(x, 2), tiny.restore(x, 2, tile=128))
+
+
+def test_modes_agree_without_normalisation(plain):
+    """Without GroupNorm only the UNet sees where tiles end; autoencoder alone: all modes equal."""
+    x = picture(50, 70)
+    whole = plain.restore(x, 4, tile=512, detail=0.0)
+    strips, report = plain.restore_with_report(x, 4, detail=0.0)
+    assert report.mode == "strips"
+    assert torch.allclose(whole, strips, atol=1e-5)
+    tiles, report = plain.restore_with_report(x, 4, tile=128, overlap=64, detail=0.0)
+    assert report.mode == "tiles"
+    assert report.tiles > 1
+    # In the middle of a tile nothing is seen of its edges.
+    assert torch.allclose(whole[..., :30, :30], tiles[..., :30, :30], atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 64, "overlap": 16}, {"tile": 512}])
+def test_progress_counts_all_work(tiny, settings):
+    seen = []
+    tiny.restore(picture(40, 50, b=2), 3, progress=seen.append, **settings)
+    assert [p.done for p in seen] == list(range(1, seen[-1].total + 1))
+    assert {p.image_index for p in seen} == {0, 1}
+    last = seen[-1].preview()
+    assert last.shape[0] == 3
+    assert max(last.shape[1:]) <= 256
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 64, "overlap": 16}])
+def test_cancel_takes_effect_at_once(tiny, settings):
+    seen = []
+    with pytest.raises(gendr.Cancelled):
+        tiny.restore(
+            picture(40, 50), 3, progress=seen.append, cancelled=lambda: len(seen) >= 2, **settings
+        )
+    assert len(seen) == 2
+
+
+def test_what_callbacks_raise_passes_through(tiny):
+    class Stop(BaseException):
+        pass
+
+    def progress(_):
+        raise Stop
+
+    with pytest.raises(Stop):
+        tiny.restore(picture(8, 8), 2, progress=progress)
+
+
+def test_out_of_memory_goes_on_with_smaller_tiles(tiny, monkeypatch):
+    x = picture(32, 48)
+    calls = []
+    real = tiny.network.decode
+
+    def small_card(z):
+        calls.append(tuple(z.shape[-2:]))
+        if z.shape[-1] > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(z)
+
+    monkeypatch.setattr(tiny.network, "decode", small_card)
+    y, report = tiny.restore_with_report(x, 4, tile=128, overlap=32)
+    assert y.shape == (1, 3, 128, 192)
+    assert any("out of memory" in event for event in report.events)
+    failed = [c for c in calls if c[1] > 10]
+    assert len(failed) == 1
+    assert "out of memory" in str(report)
+
+
+def test_out_of_memory_in_strips_goes_on_in_tiles(plain, monkeypatch):
+    x = picture(50, 70)
+
+    real = Strips.decode
+
+    def little_room(self, z):
+        if z.shape[-1] > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, z)
+
+    monkeypatch.setattr(Strips, "decode", little_room)
+    y, report = plain.restore_with_report(x, 4)
+    assert y.shape == (1, 3, 200, 280)
+    assert any("going on in tiles" in event for event in report.events)
+
+
+def test_nan_in_low_precision_is_computed_again(tiny_checkpoint, monkeypatch):
+    x = picture(16, 16)
+    good = gendr.load(tiny_checkpoint, device="cpu", dtype="fp32").restore(x, 2)
+    model = gendr.load(tiny_checkpoint, device="cpu", dtype="bf16")
+    real = OneStep.predict
+
+    def overflow(self, z, prompts):
+        return real(self, z, prompts) * (float("nan") if z.dtype == torch.bfloat16 else 1.0)
+
+    monkeypatch.setattr(OneStep, "predict", overflow)
+    y, report = model.restore_with_report(x, 2)
+    # The weights keep their bf16 rounding.
+    assert float((y - good).abs().mean()) < 0.01
+    assert any("again in fp32" in event for event in report.events)
+    assert model.network.compute == (torch.bfloat16, torch.bfloat16)
+
+
+def test_nan_in_every_precision_is_an_error(tiny):
+    tiny.network.decoder.conv_out.weight.fill_(float("nan"))
+    with pytest.raises(gendr.NotFinite, match="not finite even in fp32"):
+        tiny.restore(picture(8, 8), 2)
+
+
+def test_detail_moves_in_a_straight_line(tiny):
+    x = picture(16, 16)
+    latents = {}
+
+    def remember(detail):
+        z = tiny.network.encode(2 * x - 1)
+        latents[detail] = tiny.network.step(z, detail=detail)
+
+    for detail in (0.0, 0.5, 1.0, 1.5):
+        remember(detail)
+    step = latents[1.0] - latents[0.0]
+    assert torch.allclose(latents[0.5], latents[0.0] + 0.5 * step, atol=1e-5)
+    assert torch.allclose(latents[1.5], latents[0.0] + 1.5 * step, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.3])
+def test_full_fidelity_gives_the_input_back(tiny, scale):
+    x = picture(24, 31) * 0.6 + 0.2
+    x = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    y = tiny.restore(x, scale, fidelity=1.0)
+    assert float((reduce(y, (24, 31)) - x).abs().max()) <= 1 / 255
+    plain = tiny.restore(x, scale)
+    half = tiny.restore(x, scale, fidelity=0.5)
+    assert torch.allclose(half, (plain + y) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("fix", ["none", "wavelet", "adain", "lab"])
+def test_every_colour_fix_keeps_the_promises(tiny, fix):
+    y = tiny.restore(picture(17, 19), 2, color_fix=fix)
+    assert y.shape == (1, 3, 34, 38)
+    assert bool(torch.isfinite(y).all())
+
+
+def test_seamless_edges_meet(plain):
+    """The step across the edge of a repeating picture is no larger than inside."""
+    h, w = 24, 36
+    rows, columns = torch.meshgrid(torch.arange(h) / h, torch.arange(w) / w, indexing="ij")
+    wave = 0.5 + 0.2 * torch.sin(6.2832 * rows) * torch.cos(6.2832 * columns)
+    x = wave.expand(1, 3, h, w)
+
+    def steps(y):
+        inside = max((y[..., 1:, :] - y[..., :-1, :]).abs().max(), (y.diff(dim=-1)).abs().max())
+        across = max((y[..., 0, :] - y[..., -1, :]).abs().max(), (y[..., 0] - y[..., -1]).abs().max())
+        return float(across / inside)
+
+    assert steps(plain.restore(x, 4, seamless=True)) <= 1.0
+    assert plain.restore(x, 2.3, seamless=True).shape == (1, 3, 55, 83)
+
+
+def test_guidance_needs_a_negative_prompt(tiny, plain):
+    x = picture(8, 8)
+    assert not torch.equal(tiny.restore(x, 2, guidance=3.0), tiny.restore(x, 2))
+    assert torch.equal(tiny.restore(x, 2, guidance=1.0), tiny.restore(x, 2))
+    with pytest.raises(ValueError, match="no negative prompt"):
+        plain.restore(x, 2, guidance=3.0)
+
+
+def test_plan_is_what_runs(tiny):
+    for settings in ({}, {"tile": 64, "overlap": 16}, {"tile": 512}):
+        plan = tiny.plan(40, 50, Settings(scale=4, **settings))
+        y, report = tiny.restore_with_report(picture(40, 50), 4, **settings)
+        assert (plan.mode, plan.tiles, plan.tile) == (report.mode, report.tiles, report.tile)
+        assert tuple(y.shape[-2:]) == plan.output_size
+        assert str(plan.output_size[1]) in str(plan)
+
+
+def test_plan_follows_free_memory(tiny):
+    plans = [tiny.plan(512, 512, Settings(), free_bytes=int(n * 2**30)) for n in (64, 0.9)]
+    assert [p.mode for p in plans] == ["strips", "tiles"]
+    assert plans[0].bytes_needed > plans[1].bytes_needed
+    assert all(p.bytes_needed <= p.free_bytes for p in plans)
+    short = tiny.plan(512, 512, Settings(), free_bytes=1)
+    assert short.mode == "tiles"
+
+
+def test_report_tells_what_was_done(tiny):
+    x = picture(20, 20)
+    _, report = tiny.restore_with_report(x, 2)
+    text = str(report)
+    assert "20x20 -> 40x40" in text
+    assert report.as_dict()["output_size"] == (40, 40)
+    assert text == text.strip()
+    assert report.lr_psnr > 5
+
+
+def test_difference_shows_where_detail_was_invented(tiny):
+    x = picture(16, 16)
+    y = gendr.resize(x, (32, 32))
+    assert float(gendr.difference(y, x).max()) == 0
+    y[..., 5:9, 5:9] = 1 - y[..., 5:9, 5:9]
+    assert gendr.difference(y, x).shape == (1, 1, 32, 32)
+    assert float(gendr.difference(y, x)[..., 20:, :].max()) == 0
+
+
+def test_twenty_runs_leave_no_tensors(tiny):
+    import gc
+
+    x = picture(12, 12)
+    tiny.restore(x, 2)
+
+    def alive():
+        gc.collect()
+        return sum(type(o) is torch.Tensor for o in gc.get_objects())
+
+    before = alive()
+    for _ in range(20):
+        tiny.restore(x, 2)
+    assert alive() <= before
+
+
+def test_repr_tells_what_it_is(tiny):
+    text = repr(tiny)
+    for word in ("Random", "M parameters", "x4", "Apache-2.0"):
+        assert word in text
