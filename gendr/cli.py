@@ -108,7 +108,7 @@ def run_info(args: argparse.Namespace, words: list[str]) -> int:
     if args.json:
         print(json.dumps(facts, default=str))
     else:
-        print("\n".join(readable(facts)))
+        print("\n".join(readable({name: facts[name] for name in sorted(facts, key=importance)})))
     return 0
 
 
@@ -138,15 +138,24 @@ def run_compare(args: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
+def importance(name: str) -> int:
+    """What a person asks of a model first; what is not named comes after it, details last."""
+    order = ("path", "name", "kind", "format", "licence", "scale", "parameters", "bytes")
+    last = ("config", "sha256")
+    return order.index(name) if name in order else 100 + (name in last)
+
+
 def readable(facts: dict[str, Any], inset: str = "") -> list[str]:
     """Facts as aligned lines, nested ones inset."""
     width = max((len(str(name)) for name in facts), default=0)
     lines = []
     for name, value in facts.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             lines += [f"{inset}{name}", *readable(value, inset + "  ")]
         else:
-            if isinstance(value, (list, tuple)):
+            if value is None or value in ([], {}):
+                value = "-"
+            elif isinstance(value, (list, tuple)):
                 value = " ".join(map(str, value))
             elif isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
                 value = f"{value:,}"

@@ -205,11 +205,9 @@ def test_commands_and_packages_are_those_of_the_project(run):
     def extra(name):
         return set(ast.literal_eval(re.search(rf"^{name} = (\[.*\])$", text, re.M)[1]))
 
-    assert extra("dependencies") | {"torch"} == set(run.PACKAGES["gendr"])
-    wanted = extra("train") | extra("test")
-    assert {re.split(r"[>=]", name)[0] for name in wanted} - {"gendr[train]", "torch"} == set(
-        run.PACKAGES["test"]
-    )
+    listed = (ROOT / "dependencies.txt").read_text(encoding="utf-8").splitlines()
+    assert {name for name in listed if name[:1].isalpha()} == set(run.PACKAGES["gendr"])
+    assert (extra("train") | extra("test")) - {"gendr[train]"} == set(run.PACKAGES["test"])
 
 
 def test_every_package_is_pinned_once_for_each_python(run):

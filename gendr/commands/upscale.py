@@ -40,6 +40,7 @@ from .progress import Bar, clock_time
 
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF; these values swap width and height
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+FULL_DISK = "the disk is full; free some space, then --resume goes on"
 STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
 
@@ -181,7 +182,7 @@ class Batch:
         problem = self.folder_problem(target.parent)
         # A compressed result takes about a byte per pixel.
         if problem is None and self.full and shutil.disk_usage(target.parent).free < job.pixels:
-            return "the disk is full"
+            return FULL_DISK
         return problem
 
     def folder_problem(self, folder: Path) -> str | None:
@@ -287,8 +288,12 @@ class Batch:
                 self.say(f"{told} in {clock_time(seconds)}")
             if failed and len(self.entries) > 1:
                 self.complain(f"{len(failed)} of {len(self.entries)} pictures failed:")
+                reasons: dict[str, list[dict[str, Any]]] = {}
                 for entry in failed:
-                    self.complain(f"  {blame(entry)}")
+                    reasons.setdefault(entry["reason"], []).append(entry)
+                for why, entries in reasons.items():
+                    several = f"{len(entries)} pictures: {why}"
+                    self.complain(f"  {blame(entries[0]) if len(entries) == 1 else several}")
         return 1 if failed or not self.entries else 0
 
     def say(self, text: str) -> None:
@@ -349,7 +354,7 @@ def result_pixels(job: Job, settings: Settings) -> int:
 def reason(error: Exception) -> str:
     """One line for people: what is wrong and, where it is known, what to do."""
     if disk_full(error):
-        return "the disk is full"
+        return FULL_DISK
     if devices.is_oom(error):
         return "out of memory: choose a smaller --tile or --scale, or close other programs"
     if isinstance(error, (ValueError, NotFinite)):
