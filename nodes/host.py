@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ EMBEDDED = "GenDR-Tiny"
 PREVIEW_SECONDS = 0.5
 PREVIEW_PIXELS = 512
 
+_PACK = __package__.removesuffix("nodes")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -103,7 +105,9 @@ def load(path: str, dtype: str) -> Model:
     if dtype == "auto":
         dtype = _usual_dtype(device)
     # Weights stay where ComfyUI keeps what is not in use; layers cast them to what they work on.
-    gendr = checkpoint.load(path, device="cpu", dtype=dtype, operations=comfy.ops.manual_cast)
+    gendr = checkpoint.load(
+        path, device="cpu", runs_on=device, dtype=dtype, operations=comfy.ops.manual_cast
+    )
     # Looked up now, not at import: ComfyUI rebinds the name while it starts.
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     offload = management.unet_offload_device()
@@ -159,6 +163,23 @@ def is_oom(error: BaseException) -> bool:
         return False
     management.soft_empty_cache()
     return True
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn the library's own error types into Python's.
+
+    ComfyUI shows a type with its module before the message, and the module of a pack is the whole
+    path of its folder: the cause would be out of sight.
+    """
+    try:
+        yield
+    except Exception as error:
+        kinds = type(error).__mro__
+        if not kinds[0].__module__.startswith(_PACK):
+            raise
+        plain = next(kind for kind in kinds if kind.__module__ == "builtins")
+        raise plain(str(error)) from error
 
 
 def cancelled() -> bool:

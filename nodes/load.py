@@ -50,4 +50,5 @@ class LoadGenDR:
 
     def load(self, model: str, dtype: str) -> tuple:
         """Name from the list, number format -> GENDR_MODEL."""
-        return (host.load(host.model_path(model), dtype),)
+        with host.plain_errors():
+            return (host.load(host.model_path(model), dtype),)

@@ -220,4 +220,5 @@ def restore(
         )
         return restored, str(report)
 
-    return run(pixels) if mask is None else restore_within(mask, pixels, settings, run)
+    with host.plain_errors():
+        return run(pixels) if mask is None else restore_within(mask, pixels, settings, run)

@@ -392,6 +392,15 @@ def test_the_host_s_own_interruption_passes_through(management, model, base):
         upscale(model, picture())
 
 
+def test_errors_arrive_under_names_that_need_no_path(tmp_path, monkeypatch):
+    file = tmp_path / "cut.safetensors"
+    file.write_bytes(b"12345678")
+    monkeypatch.setattr(host, "model_path", lambda name: str(file))
+    with pytest.raises(ValueError, match=r"^cut\.safetensors") as caught:
+        NODES["LoadGenDR"]().load("cut.safetensors", "fp32")
+    assert caught.type is ValueError
+
+
 def test_a_stamp_changes_with_the_file_and_hides_its_path(tmp_path, monkeypatch):
     file = tmp_path / "private folder" / "model.safetensors"
     file.parent.mkdir()

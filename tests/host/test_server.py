@@ -206,6 +206,8 @@ def failed(server, prompt):
     """First line of the message of a graph that stops."""
     result = server.run(prompt)
     assert result.status == "error"
+    # ComfyUI shows the type first; with a path in it nobody would see the cause.
+    assert result.messages["execution_error"]["exception_type"].isidentifier()
     return result.error
 
 
