@@ -48,6 +48,7 @@ CAMERA_RAW = frozenset(
 ANIMATED = frozenset({"GIF", "PNG", "WEBP", "TIFF", "AVIF", "FLI", "DCX"})
 # Drawings, which Pillow hands to other programs or to the system.
 VECTOR = frozenset({"EPS", "WMF", "PDF"})
+BLACK_POINT_COMPENSATION = 0x2000  # LittleCMS's flag; older Pillows have no name for it
 JPEG_EXIF_LIMIT = 65533 - 2
 
 
@@ -169,7 +170,7 @@ def _pillow() -> Iterator[Callable[..., None]]:
 
         try:
             settings(truncated=False)
-            # Ours has an own message.
+            # `read` has a limit of its own, with a message and a way out.
             Image.MAX_IMAGE_PIXELS = None
             yield settings
         finally:
@@ -180,26 +181,19 @@ def _decode(file: IO[bytes], path: Path, max_pixels: int | None) -> Picture:
     file.seek(0)
     image = Image.open(file)
     kind = "JPEG" if image.format == "MPO" else image.format or ""
-    if kind in VECTOR:
-        raise PictureError(f"{path}: is a drawing ({kind}); export it as PNG first")
-    if kind == "TIFF" and path.suffix.lower() in CAMERA_RAW:
-        raise PictureError(
-            f"{path}: is a camera's raw file, of which only the small preview could be read; "
-            "develop it to a 16-bit TIFF or PNG first"
-        )
-    width, height = image.size
-    if max_pixels is not None and width * height > max_pixels:
-        raise PictureError(
-            f"{path}: {width}x{height} is {width * height / 1e6:.0f} megapixels, more than the "
-            f"limit of {max_pixels / 1e6:.0f}; if the file can be trusted, raise max_pixels"
-        )
+    _expect_decodable(image, kind, path, max_pixels)
     notes = []
-    frames = _frames(image) if kind in ANIMATED else 1
+    frames = 1
+    if kind in ANIMATED:
+        frames = _frames(image)
+        # Counting moves through the file, and stays where a damaged frame ends it.
+        file.seek(0)
+        image = Image.open(file)
     if frames > 1:
         notes.append(f"the first of {frames} frames; the others are left out")
 
     file_bits = _file_bits(image)
-    planes = getattr(image, "tag_v2", {}).get(PLANAR, 1) == 2 and file_bits > 8
+    planes = file_bits > 8 and getattr(image, "tag_v2", {}).get(PLANAR, 1) == 2
     if planes and image.tile[0][0] == "raw":
         raise PictureError(
             f"{path}: is a TIFF of {file_bits} bits with one plane per channel, which Pillow "
@@ -235,6 +229,24 @@ def _decode(file: IO[bytes], path: Path, max_pixels: int | None) -> Picture:
         path=path,
         notes=tuple(notes),
     )
+
+
+def _expect_decodable(image: Image.Image, kind: str, path: Path, max_pixels: int | None) -> None:
+    """Refuse what would decode to something else than the picture, or to too much."""
+    if kind in VECTOR:
+        raise PictureError(f"{path}: is a drawing ({kind}); export it as PNG first")
+    if kind == "TIFF" and path.suffix.lower() in CAMERA_RAW:
+        raise PictureError(
+            f"{path}: is a camera's raw file, of which only the small preview could be read; "
+            "develop it to a 16-bit TIFF or PNG first"
+        )
+    width, height = image.size
+    if max_pixels is not None and width * height > max_pixels:
+        raise PictureError(
+            f"{path}: {width}x{height} is {width * height / 1e6:.0f} megapixels, more than the "
+            f"limit of {max_pixels / 1e6:.0f}; reduce it first, or raise max_pixels for a file "
+            "that can be trusted"
+        )
 
 
 def _frames(image: Image.Image) -> int:
@@ -275,6 +287,8 @@ def _sixteen_bits(image: Image.Image, file: IO[bytes]) -> tuple[Image.Image, np.
     samples = high.astype(np.uint16)
     samples <<= 8
     samples |= low
+    if layout == "RGBX":
+        samples = samples[..., :3]
     if layout == "RGBa":
         alpha = samples[..., 3:].astype(np.float32)
         colour = samples[..., :3] * (65535 / np.maximum(alpha, 1))
@@ -358,7 +372,7 @@ def _managed(image: Image.Image, notes: list[str]) -> Image.Image:
                 ImageCms.createProfile("sRGB"),
                 renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
                 outputMode="RGB",
-                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+                flags=BLACK_POINT_COMPENSATION,
             )
     # Built without LittleCMS, or the profile is broken.
     except (ImportError, OSError, ImageCms.PyCMSError):
@@ -380,8 +394,8 @@ def _exif(image: Image.Image) -> tuple[bytes | None, int]:
     """EXIF without what describes the stored pixels, and the orientation."""
     try:
         tags = image.getexif()
-        # TIFF is upright by the time it is loaded, and says so.
-        orientation = tags.get(ORIENTATION, 1)
+        # Pillow turns a TIFF while it loads it; not every version says so afterwards.
+        orientation = 1 if image.format == "TIFF" else tags.get(ORIENTATION, 1)
         _strip(tags)
         return (tags.tobytes() if len(tags) else None), orientation
     # Cameras and editors write all kinds of broken tags; the picture is worth more than they are.
