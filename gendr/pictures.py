@@ -543,8 +543,10 @@ def write(
         raise
     except OSError as error:
         raise PictureError(f"{path}: cannot be written: {_reason(error)}") from error
-    except (ValueError, struct.error, MemoryError) as error:
-        raise PictureError(f"{path}: cannot be written as {name}: {error}") from error
+    # Encoders raise as freely as decoders do.
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        raise PictureError(f"{path}: cannot be written as {name}: {text}") from error
     return path
 
 
