@@ -45,6 +45,7 @@ def load(
     operations: Any = None,
     base: str | Path | None = None,
     fold: bool = True,
+    runs_on: str | torch.device | None = None,
 ) -> GenDR:
     """A model from a file, ready to run. None = GenDR-Tiny, which is part of the package.
 
@@ -53,12 +54,13 @@ def load(
     checkpoint that supplies the rest. Pickles are read as tensors only and never executed.
     device, dtype: "auto" or a name. operations: a host's layers, which cast weights per call.
     fold: False keeps timestep and prompt free, for training.
+    runs_on: where a host will compute while the weights lie on `device`; decides the precision.
 
     FileNotFoundError or CheckpointError with a sentence for what can't be used.
     """
     path = Path(path) if path is not None else EMBEDDED
     place = choose_device(device)
-    precision = choose_precision(place, dtype)
+    precision = choose_precision(place if runs_on is None else torch.device(runs_on), dtype)
     header, tensors = read(path, base)
     check_finite(tensors, path)
     config = StepConfig.from_dict(header["config"])

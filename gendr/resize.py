@@ -30,18 +30,18 @@ def resize(image: Tensor, size: tuple[int, int], *, wrap: bool = False) -> Tenso
 def _wrapped(x: Tensor, length: int, dim: int) -> Tensor:
     """Bicubic along one axis of a picture that repeats."""
     old = x.shape[dim]
-    place = (torch.arange(length, device=x.device, dtype=torch.float64) + 0.5) * old / length - 0.5
+    # On the CPU, where every machine has float64.
+    place = (torch.arange(length, dtype=torch.float64) + 0.5) * old / length - 0.5
     base = place.floor()
-    d = (place - base)[:, None] + torch.tensor([1.0, 0.0, -1.0, -2.0], device=x.device).double()
-    d = d.abs()
+    d = ((place - base)[:, None] + torch.tensor([1.0, 0.0, -1.0, -2.0]).double()).abs()
     near = ((CUBIC + 2) * d - (CUBIC + 3)) * d * d + 1
     far = ((CUBIC * d - 5 * CUBIC) * d + 8 * CUBIC) * d - 4 * CUBIC
-    weights = torch.where(d <= 1, near, far).to(x.dtype)
+    weights = torch.where(d <= 1, near, far).to(x)
     shape = [1] * x.dim()
     shape[dim] = length
     out = 0
     for k in range(4):
-        index = (base.long() + k - 1) % old
+        index = ((base.long() + k - 1) % old).to(x.device)
         out = out + x.index_select(dim, index) * weights[:, k].reshape(shape)
     return out
 

@@ -143,13 +143,15 @@ class Strips:
         if isinstance(norm, nn.Identity):
             return lambda s: s
         groups, count = norm.num_groups, 0
-        total = square = torch.zeros(groups, device=x.device, dtype=torch.float64)
+        # Apple's devices have no float64.
+        exact = torch.float32 if x.device.type == "mps" else torch.float64
+        total = square = torch.zeros(groups, device=x.device, dtype=exact)
         # Around a first estimate of the mean: sums of squares would cancel.
         shift = x[..., :1, :].float().reshape(groups, -1).mean(1)
         for strip in x.split(self.strip_rows(x), dim=-2):
             values = strip.float().reshape(groups, -1) - shift[:, None]
-            total = total + values.sum(1).double()
-            square = square + values.square().sum(1).double()
+            total = total + values.sum(1).to(exact)
+            square = square + values.square().sum(1).to(exact)
             count += values.shape[1]
         mean = total / count
         variance = (square / count - mean**2).clamp_min(0).float()

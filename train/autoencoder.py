@@ -3,7 +3,7 @@
     python -m train.autoencoder --data PAIRS --out runs/autoencoder --steps 3000
 
 Run the same command again to resume. The linear path starts as block PCA (whitened) and stays
-fixed, the networks beside it start silent: the run begins at PCA's quality with latents of unit
+fixed, the networks beside it start nearly silent: the run begins at PCA's quality with latents of unit
 variance, and can't collapse.
 """
 
@@ -44,7 +44,7 @@ def principal_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor, T
 
 
 def start(vae: VAE, pictures: Tensor) -> None:
-    """Set the linear path from pictures b 3 h w in [-1, 1], and silence the networks beside it."""
+    """Set the linear path from pictures b 3 h w in [-1, 1], and the networks beside it nearly silent."""
     f, c = vae.config.factor, vae.config.latent_channels
     patches = F.unfold(pictures, f, stride=f).transpose(1, 2).reshape(-1, 3 * f * f)
     encode, bias, decode, mean = principal_components(patches, c)
@@ -53,10 +53,6 @@ def start(vae: VAE, pictures: Tensor) -> None:
         vae.encoder.linear.bias.copy_(bias)
         vae.decoder.linear.weight.copy_(decode[:, :, None, None])
         vae.decoder.linear.bias.copy_(mean)
-        for block in vae.modules():
-            if hasattr(block, "conv2"):
-                nn.init.zeros_(block.conv2.weight)
-                nn.init.zeros_(block.conv2.bias)
         for last in (vae.encoder.conv_out, vae.decoder.conv_out):
             last.weight.mul_(0.01)
             last.bias.zero_()

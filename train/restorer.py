@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--lr-vae",
         type=float,
-        default=2e-4,
+        default=3e-4,
         help="of the autoencoder, which has no normalisation: 6e-4 drove its activations to 1e5",
     )
     parser.add_argument("--warmup", type=int, default=250)
