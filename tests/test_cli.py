@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gendr import Settings, cli
@@ -28,6 +29,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     values = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), np.uint8)
     return Image.fromarray(values, "RGBA").convert("RGB").convert(mode)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Threads cost tiny networks more than they give, most of all on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -263,6 +274,11 @@ def test_sizes(gendr, folder, tmp_path, words, expected):
     assert size(target) == expected
 
 
+def test_output_folder_with_a_dot(gendr, folder, tmp_path):
+    assert gendr("upscale", folder / "p1.png", "-o", tmp_path / "out.v2")[0] == 0
+    assert visible(tmp_path / "out.v2") == {"p1_x4.png"}
+
+
 def test_folder_to_folder_with_formats(gendr, folder, tmp_path):
     code, _, _ = gendr("upscale", folder, "-o", tmp_path / "o", "-s", 2, "--format", "webp")
     assert code == 0
@@ -404,6 +420,13 @@ def test_json(gendr, folder):
     assert entries[0]["output_size"] == [36, 48]
     assert entries[3]["reason"]
     assert last["summary"]["done"] == 3
+
+
+def test_json_of_what_is_not_finite():
+    assert json.loads(upscale.as_json({"lr_psnr": float("inf"), "tiles": 2})) == {
+        "lr_psnr": None,
+        "tiles": 2,
+    }
 
 
 def test_quiet(gendr, folder):

@@ -141,19 +141,23 @@ def model_checks(path: Path | None, base: Path | None, device: str, dtype: str) 
     checks.append(Check("model", repr(model)))
     ours, exact = fingerprint(model), fingerprint(reference)
     limit = TOLERANCE[model.dtype]
-    checks.append(compared("reference", ours, exact, limit, "float32 on the CPU"))
+    remedy = "choose another --dtype, update the driver"
+    checks.append(compared("reference", ours, exact, limit, "float32 on the CPU", remedy))
     stored = golden(model)
     if stored is None:
         checks.append(Check("golden", "nothing is stored for this model"))
     else:
-        checks.append(compared("golden", ours, stored, limit, "the stored run"))
+        remedy = "the weights or the code are not those that were released"
+        checks.append(compared("golden", ours, stored, limit, "the stored run", remedy))
     return checks
 
 
-def compared(name: str, ours: list[float], other: list[float], limit: float, what: str) -> Check:
+def compared(
+    name: str, ours: list[float], other: list[float], limit: float, what: str, remedy: str
+) -> Check:
     worst = max((abs(a - b) for a, b in zip(ours, other, strict=True)), default=0.0)
     told = f"differs from {what} by at most {worst:.5f} (allowed: {limit:g})"
-    return Check(name, told, worst <= limit)
+    return Check(name, told if worst <= limit else f"{told}: {remedy}", worst <= limit)
 
 
 def picture() -> Tensor:

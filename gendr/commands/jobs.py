@@ -5,11 +5,17 @@ from __future__ import annotations
 import glob
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import pictures
+from PIL import Image
+from torch import Tensor
 
+from .. import pictures
+from ..settings import Settings
+
+ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF; these values swap width and height
 # What a folder or a pattern is searched for; a file named by itself is tried whatever it is called.
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
@@ -88,7 +94,7 @@ def assign(
     """
     notes: list[str] = []
     earlier = {same(job.source) for job in inputs.jobs if not job.named and owned(job.source)}
-    to_file = inputs.single and output is not None and not output.is_dir() and output.suffix != ""
+    to_file = inputs.single and is_file_name(output)
     groups: dict[str, list[Job]] = {}
     for job in inputs.jobs:
         if job.problem or same(job.source) in earlier:
@@ -132,6 +138,11 @@ def assign(
     return notes
 
 
+def is_file_name(output: Path | None) -> bool:
+    """Does `--output` name a picture, not a folder?"""
+    return output is not None and output.suffix.lower() in PICTURES and not output.is_dir()
+
+
 def folder_of(job: Job, output: Path | None) -> Path:
     if output is None:
         return job.source.parent
@@ -158,3 +169,43 @@ def natural(path: str | Path) -> list:
         (1, int(part), "") if part.isdigit() else (0, 0, part.casefold())
         for part in re.split(r"(\d+)", str(path))
     ]
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width as the picture is shown, from its header alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                width, height = image.size
+                rotated = image.getexif().get(ORIENTATION) in ROTATED
+    except Exception:  # Pillow's readers raise whatever a broken file leads them to
+        height, width = pictures.read(path).pixels.shape[-2:]
+        return height, width
+    return (width, height) if rotated else (height, width)
+
+
+def expect_room(target: Path, pixels: Tensor, settings: Settings) -> None:
+    """ValueError where the result would not fit into its format: known now, not after the work."""
+    height, width = settings.target_size(*pixels.shape[-2:])
+    for name, known in pictures.FORMATS.items():
+        if target.suffix.lower() not in known.suffixes:
+            continue
+        if max(height, width) > known.side:
+            raise ValueError(
+                f"{name} ends at {known.side} pixels a side, the result has {width}x{height}: choose "
+                "--format png"
+            )
+        if not known.alpha and pixels.shape[1] in (2, 4) and bool((pixels[:, -1] < 1).any()):
+            raise ValueError(f"{name} has no transparency and the picture has: choose --format png")
+
+
+def result_pixels(job: Job, settings: Settings) -> int:
+    """How much work a picture is; 0 where it will fail anyway."""
+    if job.problem:
+        return 0
+    try:
+        height, width = settings.target_size(*picture_size(job.source))
+    except (ValueError, OSError):
+        return 0
+    return height * width

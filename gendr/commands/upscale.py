@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
+import math
 import os
 import shlex
 import shutil
@@ -25,22 +25,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
-from .. import checkpoint, devices, pictures
+from .. import checkpoint, pictures
 from ..model import GenDR
 from ..report import Report
-from ..restoration import NotFinite
 from ..settings import Settings
 from . import jobs, team
-from .jobs import Job
+from .jobs import Job, expect_room, picture_size, result_pixels
 from .journal import Journal, key
 from .progress import Bar, clock_time
+from .trouble import FULL_DISK, blame, disk_full, reason, unexpected
 
-ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF; these values swap width and height
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-FULL_DISK = "the disk is full; free some space, then --resume goes on"
 STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
 
@@ -78,7 +72,7 @@ def run(words: list[str], options: Options) -> int:
         if isinstance(error, BrokenPipeError):
             raise
         if options.json:
-            print(json.dumps({"status": "failed", "reason": reason(error)}))
+            print(as_json({"status": "failed", "reason": reason(error)}))
         print(f"gendr: {reason(error)}", file=sys.stderr)
         return 1
 
@@ -249,7 +243,7 @@ class Batch:
         self.bar.picture(job.pixels, worked=status == "done")
         if self.options.json:
             self.bar.clear()
-            print(json.dumps(entry, default=str), flush=True)
+            print(as_json(entry), flush=True)
         if status == "failed":
             self.complain(f"failed: {blame(entry)}")
         elif status == "skipped":
@@ -268,7 +262,7 @@ class Batch:
         words = [w for w in self.options.command if w != "--resume"]
         again = f"{os.environ.get('GENDR_PROG', 'gendr')} {shlex.join([*words, '--resume'])}"
         if self.options.json:
-            print(json.dumps({"summary": {"interrupted": True, "done": done}}), flush=True)
+            print(as_json({"summary": {"interrupted": True, "done": done}}), flush=True)
         self.complain(
             f"Stopped: {done} of {len(self.jobs)} pictures are done and kept. Go on with\n  {again}"
         )
@@ -282,7 +276,7 @@ class Batch:
         if self.crew.index == 0:
             if self.options.json:
                 facts = {**counts, "pictures": len(self.entries), "seconds": round(seconds, 2)}
-                print(json.dumps({"summary": facts}), flush=True)
+                print(as_json({"summary": facts}), flush=True)
             told = ", ".join(f"{count} {status}" for status, count in counts.items())
             if len(self.entries) > 1:
                 self.say(f"{told} in {clock_time(seconds)}")
@@ -311,75 +305,13 @@ class Batch:
             self.complain(f"warning: {message}")
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width as the picture is shown, from its header alone."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                width, height = image.size
-                rotated = image.getexif().get(ORIENTATION) in ROTATED
-    except Exception:  # Pillow's readers raise whatever a broken file leads them to
-        height, width = pictures.read(path).pixels.shape[-2:]
-        return height, width
-    return (width, height) if rotated else (height, width)
-
-
-def expect_room(target: Path, pixels: Tensor, settings: Settings) -> None:
-    """ValueError where the result would not fit into its format: known now, not after the work."""
-    height, width = settings.target_size(*pixels.shape[-2:])
-    for name, known in pictures.FORMATS.items():
-        if target.suffix.lower() not in known.suffixes:
-            continue
-        if max(height, width) > known.side:
-            raise ValueError(
-                f"{name} ends at {known.side} pixels a side, the result has {width}x{height}: choose "
-                "--format png"
-            )
-        if not known.alpha and pixels.shape[1] in (2, 4) and bool((pixels[:, -1] < 1).any()):
-            raise ValueError(f"{name} has no transparency and the picture has: choose --format png")
-
-
-def result_pixels(job: Job, settings: Settings) -> int:
-    """How much work a picture is; 0 where it will fail anyway."""
-    if job.problem:
-        return 0
-    try:
-        height, width = settings.target_size(*picture_size(job.source))
-    except (ValueError, OSError):
-        return 0
-    return height * width
-
-
-def reason(error: Exception) -> str:
-    """One line for people: what is wrong and, where it is known, what to do."""
-    if disk_full(error):
-        return FULL_DISK
-    if devices.is_oom(error):
-        return "out of memory: choose a smaller --tile or --scale, or close other programs"
-    if isinstance(error, (ValueError, NotFinite)):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    return f"unexpected {type(error).__name__}: {error}"
-
-
-def blame(entry: dict[str, Any]) -> str:
-    """The picture and the reason, the name once."""
-    source, why = entry["input"], entry["reason"]
-    return why if why.startswith(source) else f"{source}: {why}"
-
-
-def unexpected(error: Exception) -> bool:
-    return not (isinstance(error, (ValueError, OSError, NotFinite)) or devices.is_oom(error))
-
-
-def disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def as_json(entry: dict[str, Any]) -> str:
+    """One line; what is not finite (the dB of equal pictures) is null, for JSON has no word for it."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in entry.items()
+    }
+    return json.dumps(finite, default=str)
 
 
 def indent(text: str) -> str:

@@ -1,0 +1,43 @@
+"""What goes wrong with a picture, in one line for people."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from .. import devices
+from ..restoration import NotFinite
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+FULL_DISK = "the disk is full; free some space, then --resume goes on"
+
+
+def reason(error: Exception) -> str:
+    """One line for people: what is wrong and, where it is known, what to do."""
+    if disk_full(error):
+        return FULL_DISK
+    if devices.is_oom(error):
+        return "out of memory: choose a smaller --tile or --scale, or close other programs"
+    if isinstance(error, (ValueError, NotFinite)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return f"unexpected {type(error).__name__}: {error}"
+
+
+def blame(entry: dict[str, Any]) -> str:
+    """The picture and the reason, the name once."""
+    source, why = entry["input"], entry["reason"]
+    return why if why.startswith(source) else f"{source}: {why}"
+
+
+def unexpected(error: Exception) -> bool:
+    return not (isinstance(error, (ValueError, OSError, NotFinite)) or devices.is_oom(error))
+
+
+def disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

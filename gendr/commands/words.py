@@ -1,0 +1,182 @@
+"""The words of the command line. Defaults and bounds come from `gendr.settings` alone."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import pictures
+from ..settings import BOUNDS, COLOR_FIXES, DTYPES, Settings
+from . import jobs
+
+PROG = os.environ.get("GENDR_PROG", "gendr")
+EPILOG = """\
+exit codes: 0 everything is done, 1 something failed (it is said what), 2 wrong use, 130 stopped
+with Ctrl-C (what was finished is kept; --resume goes on)"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong use is answered with what was wrong, not with every option there is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists what can be given\n")
+
+
+def parser(runs: dict[str, Callable[..., int]]) -> Parser:
+    """All commands; `runs` holds what each of them calls."""
+    top = Parser(
+        prog=PROG,
+        description="GenDR: one-step diffusion super-resolution.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=runs[name], parser=made)
+        return made
+
+    add_upscale(command("upscale", "restore and enlarge pictures"))
+
+    info = command("info", "show what a model file is, without loading it")
+    info.add_argument("checkpoint", type=Path, nargs="?", help="model file (default: the embedded)")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    check = command("doctor", "check this installation; add its output to bug reports")
+    add_model(check)
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+    fold = command("fold", "write the folded one-step form of a model: smaller, faster")
+    fold.add_argument("checkpoint", type=Path, help="model file")
+    add_base(fold)
+    fold.add_argument("--output", "-o", type=Path, required=True, help="file to write")
+    fold.add_argument("--dtype", choices=DTYPES[1:], help="number format of the weights")
+    fold.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    side = command("compare", "write one PNG: input | result, and a detail enlarged")
+    side.add_argument("input", type=Path, help="the picture before")
+    side.add_argument("result", type=Path, help="the picture after")
+    side.add_argument("--output", "-o", type=Path, help="(default: RESULT_compare.png)")
+    side.add_argument(
+        "--crop",
+        type=crop,
+        metavar="X,Y,SIDE",
+        help="the detail, in pixels of the input (default: where most happens)",
+    )
+    side.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    side.add_argument("--json", action="store_true", help="print one JSON object")
+    return top
+
+
+def add_upscale(made: argparse.ArgumentParser) -> None:
+    defaults = Settings()
+    made.add_argument(
+        "pictures", nargs="+", help="files, folders or patterns such as 'scans/*.jpg'"
+    )
+    made.add_argument(
+        "--output",
+        "-o",
+        type=Path,
+        help="folder for the results, or a file for one picture (default: beside each picture)",
+    )
+
+    size = made.add_argument_group("size (one of)").add_mutually_exclusive_group()
+    number(size, "--scale", "-s", help="result / input, fractions too")
+    number(size, "--long-side", help="longer side of the result in pixels")
+    number(size, "--short-side", help="shorter side of the result in pixels")
+    number(size, "--megapixels", help="size of the result in millions of pixels")
+
+    look = made.add_argument_group("look")
+    number(look, "--detail", help="0 adds nothing, 1 is the model, above exaggerates")
+    number(look, "--fidelity", help="1 = reduced to the input's size, the result is the input")
+    look.add_argument(
+        "--color-fix",
+        choices=COLOR_FIXES,
+        default=defaults.color_fix,
+        help=f"how colours are kept (default: {defaults.color_fix})",
+    )
+    number(look, "--guidance", help="above 1: two passes, stronger (default: the model's)")
+    look.add_argument("--seamless", action="store_true", help="keep a repeating texture repeating")
+
+    work = made.add_argument_group("work")
+    add_model(work)
+    number(work, "--tile", help="side of a tile in pixels of the result, 0 = by free memory")
+    number(work, "--overlap", help="pixels that tiles share, 0 = automatic")
+    number(work, "--tile-batch", help="tiles at a time, 0 = automatic")
+
+    files = made.add_argument_group("files")
+    quality = inspect.signature(pictures.write).parameters["quality"].default
+    files.add_argument(
+        "--format", dest="form", choices=(*jobs.FORMATS, "same"), help="(default: png)"
+    )
+    files.add_argument(
+        "--quality", type=percent, help=f"of jpg and webp, 1 to 100 (default: {quality})"
+    )
+    files.add_argument("--suffix", help="added to names (default: _x4 and the like)")
+    files.add_argument("--recursive", "-r", action="store_true", help="look into folders' folders")
+    files.add_argument(
+        "--truncated", action="store_true", help="take what is there of files that are cut short"
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace existing results")
+    files.add_argument(
+        "--resume", action="store_true", help="skip what was done with the same settings before"
+    )
+
+    told = made.add_argument_group("what is told")
+    told.add_argument("--plan", action="store_true", help="tell what would be done, do nothing")
+    told.add_argument("--json", action="store_true", help="one JSON object per picture on stdout")
+    told.add_argument("--quiet", "-q", action="store_true", help="only errors")
+
+
+def add_model(group: Any) -> None:
+    group.add_argument("--model", "-m", type=Path, help="model file (default: the embedded one)")
+    add_base(group)
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
+
+
+def add_base(group: Any) -> None:
+    group.add_argument(
+        "--base", type=Path, help="GenDR file that supplies the rest, for a LoRA or a bare UNet"
+    )
+
+
+def number(group: Any, *flags: str, help: str) -> None:
+    """A number of `Settings`: bounds and default from there."""
+    name = flags[0][2:].replace("-", "_")
+    bound, default = BOUNDS[name], getattr(Settings(), name)
+    limits = f"{bound.minimum:g} to {bound.maximum:g}"
+    if default is not None:
+        limits += f", default: {default:g}"
+    group.add_argument(
+        *flags,
+        type=int if isinstance(bound.step, int) else float,
+        default=default,
+        metavar="N",
+        help=f"{help} ({limits})",
+    )
+
+
+def percent(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 100")
+    return value
+
+
+def crop(text: str) -> tuple[int, int, int]:
+    parts = [int(part) for part in text.split(",")]
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError("give three numbers, X,Y,SIDE")
+    return parts[0], parts[1], parts[2]
