@@ -1,8 +1,8 @@
 """GenDR: one-step generative restoration and enlargement of pictures.
 
-    import gendr
-    model = gendr.load()                       # GenDR-Tiny, or load("some.safetensors")
-    result = model.restore(image, scale=4)     # b c h w in [0, 1]
+import gendr
+model = gendr.load()                       # GenDR-Tiny, or load("some.safetensors")
+result = model.restore(image, scale=4)     # b c h w in [0, 1]
 """
 
 from .checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save

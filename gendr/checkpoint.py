@@ -128,7 +128,7 @@ def split(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-class readable:  # noqa: N801 - reads as a word in a `with`
+class readable:
     """Turns torch's list of keys into a sentence."""
 
     def __init__(self, path: Path, header: dict[str, Any]):
@@ -371,9 +371,7 @@ def save(path: str | Path, network: Step, header: dict[str, Any], *, dtype: str 
     network: `Unfolded` gives a checkpoint, `OneStep` the folded kind. header: see `make_header`.
     """
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tensors = {
-        k: v.detach().to("cpu", kind).contiguous() for k, v in network.state_dict().items()
-    }
+    tensors = {k: v.detach().to("cpu", kind).contiguous() for k, v in network.state_dict().items()}
     header = {
         **header,
         "format": FOLDED if isinstance(network, OneStep) else FORMAT,

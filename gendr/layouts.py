@@ -88,7 +88,10 @@ def ldm_unet_table(c: UNetConfig) -> dict[str, str]:
 
 def ldm_vae_table(c: VAEConfig) -> dict[str, str]:
     """LDM module name -> diffusers module name, for an autoencoder of this shape."""
-    table = {"encoder.norm_out": "encoder.conv_norm_out", "decoder.norm_out": "decoder.conv_norm_out"}
+    table = {
+        "encoder.norm_out": "encoder.conv_norm_out",
+        "decoder.norm_out": "decoder.conv_norm_out",
+    }
     levels, n = len(c.block_out_channels), c.layers_per_block
     for side in ("encoder", "decoder"):
         for k in (1, 2):
@@ -145,9 +148,7 @@ def vae(state: dict[str, Tensor], c: VAEConfig) -> dict[str, Tensor]:
     return renamed
 
 
-def merge_lora(
-    unet: dict[str, Tensor], lora: dict[str, Tensor], alpha: float
-) -> dict[str, Tensor]:
+def merge_lora(unet: dict[str, Tensor], lora: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """A peft LoRA merged into a UNet: W + alpha / rank * B A. ValueError names what doesn't fit.
 
     Names: `base_model.model.<module>.lora_A[.<adapter>].weight`, any common prefix before them.

@@ -111,9 +111,7 @@ class GenDR:
         chosen = Settings(**settings)
         batch, channels, height, width = image.shape
         place = self.device if device is None else torch.device(device)
-        planned = self.plan(
-            height, width, chosen, batch=batch, free_bytes=free_bytes, device=place
-        )
+        planned = self.plan(height, width, chosen, batch=batch, free_bytes=free_bytes, device=place)
         devices.reset_peak(place)
         started = time.perf_counter()
         run = Restoration(self, planned, chosen, place, progress, cancelled, is_oom)

@@ -225,9 +225,9 @@ def fold_state(
             continue
         if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")):
             stem, which = name.rsplit(".", 2)[0], {"to_k": "key", "to_v": "value"}
-            state[f"unet.{stem}.{which[name.split('.')[-2]]}"] = (
-                context @ tensor.double().T
-            ).to(_at_least_float32(tensor))
+            state[f"unet.{stem}.{which[name.split('.')[-2]]}"] = (context @ tensor.double().T).to(
+                _at_least_float32(tensor)
+            )
             continue
         if name.endswith(".conv1.bias"):
             block = name.removesuffix(".conv1.bias")

@@ -82,8 +82,7 @@ def autoencoder_bytes(
     """Peak of encode and decode: the widest level times the tensors of it that live at once."""
     widths, patch = config.vae.block_out_channels, config.vae.patch_size
     widest = max(
-        wide / (patch * 2**level) ** 2
-        for level, wide in enumerate((*widths[1:], widths[-1]))
+        wide / (patch * 2**level) ** 2 for level, wide in enumerate((*widths[1:], widths[-1]))
     )
     tensors = STRIP_TENSORS if strips else EAGER_TENSORS
     peak = widest * tensors * height * width * bytes_each
@@ -208,9 +207,7 @@ def make(
     )
 
 
-def latent_grid(
-    config: StepConfig, padded: tuple[int, int], target: int, overlap: int
-) -> Grid:
+def latent_grid(config: StepConfig, padded: tuple[int, int], target: int, overlap: int) -> Grid:
     """The grid of the UNet's tiles in positions of the latent, for sizes given in pixels."""
     f = config.vae.factor
     return fit_grid(

@@ -47,9 +47,7 @@ def unet_config(state: dict[str, Tensor], *, ldm: bool = False) -> UNetConfig:
 def _unet_config(state: dict[str, Tensor]) -> UNetConfig:
     levels = numbers(state, r"down_blocks\.(\d+)\.")
     layers = numbers(state, r"down_blocks\.0\.resnets\.(\d+)\.")
-    widths = tuple(
-        state[f"down_blocks.{n}.resnets.0.conv1.weight"].shape[0] for n in range(levels)
-    )
+    widths = tuple(state[f"down_blocks.{n}.resnets.0.conv1.weight"].shape[0] for n in range(levels))
     attention = tuple(f"down_blocks.{n}.attentions.0.norm.weight" in state for n in range(levels))
     prompt = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
     return UNetConfig(
@@ -94,7 +92,9 @@ def vae_config(state: dict[str, Tensor]) -> VAEConfig:
         )
         latent = state["decoder.conv_in.weight"].shape[1]
     except KeyError as error:
-        raise CheckpointError(f"this is not an autoencoder of Stable Diffusion's kind ({error})") from error
+        raise CheckpointError(
+            f"this is not an autoencoder of Stable Diffusion's kind ({error})"
+        ) from error
     return VAEConfig(
         latent_channels=latent,
         block_out_channels=widths,
@@ -121,7 +121,11 @@ def recognise(tensors: dict[str, Tensor]) -> str:
         if name.endswith(("attn2.to_k.weight",)) and tensor.dim() == 2:
             family = FAMILIES.get(tensor.shape[1], "diffusion")
             first = next(
-                (t for n, t in tensors.items() if n.endswith(("conv_in.weight", "input_blocks.0.0.weight"))),
+                (
+                    t
+                    for n, t in tensors.items()
+                    if n.endswith(("conv_in.weight", "input_blocks.0.0.weight"))
+                ),
                 None,
             )
             channels = f" with {first.shape[1]} latent channels" if first is not None else ""

@@ -192,9 +192,7 @@ def _unshuffle(x: Tensor, patch: int) -> Tensor:
     return F.pixel_unshuffle(x, patch) if patch > 1 else x
 
 
-def halo(
-    x: Tensor, top: int, bottom: int, rows: int
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def halo(x: Tensor, top: int, bottom: int, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Rows top..bottom with their neighbours, and what cuts the neighbours' rows off again."""
     first, last = max(0, top - rows), min(x.shape[-2], bottom + rows)
     start = top - first

@@ -100,7 +100,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (
-            split_heads(t, self.heads) for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+            split_heads(t, self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         return self.to_out[0](merge_heads(attend(q, k, v)))
 

@@ -135,7 +135,9 @@ class Middle(nn.Module):
     def __init__(self, channels: int, *, groups: int, attention: bool, operations: Any = nn):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, temb=None, groups=groups, eps=EPS, operations=operations)
+            ResnetBlock(
+                channels, channels, temb=None, groups=groups, eps=EPS, operations=operations
+            )
             for _ in range(2)
         )
         if attention:

@@ -66,9 +66,7 @@ def tiny_checkpoint(tmp_path_factory):
 def plain_checkpoint(tmp_path_factory):
     """The same without normalisation in the autoencoder and without a negative prompt."""
     path = tmp_path_factory.mktemp("models") / "plain.safetensors"
-    vae = replace(
-        VAE_, norm_num_groups=0, mid_attention=False, quant_conv=False, linear_path=True
-    )
+    vae = replace(VAE_, norm_num_groups=0, mid_attention=False, quant_conv=False, linear_path=True)
     network = random_network(vae)
     checkpoint.save(path, network, header(network), dtype="fp32")
     return path

@@ -147,7 +147,9 @@ def test_ldm_names_of_the_unet(tmp_path):
     state = layouts.rename(network.unet.state_dict(), table)
     assert "input_blocks.1.0.in_layers.2.weight" in state
     assert not any(k.startswith(("down_blocks", "mid_block", "up_blocks")) for k in state)
-    save_file({f"model.diffusion_model.{k}": v for k, v in state.items()}, tmp_path / "ldm.safetensors")
+    save_file(
+        {f"model.diffusion_model.{k}": v for k, v in state.items()}, tmp_path / "ldm.safetensors"
+    )
     assert torch.equal(result(tmp_path / "ldm.safetensors", base=base), result(base))
 
 
@@ -237,7 +239,10 @@ def test_lora_is_merged_as_peft_would(tmp_path):
 
 def test_lora_of_another_base_is_named(tmp_path):
     base = saved(tmp_path, foreign())
-    lora = {"conv_in.lora_A.weight": torch.zeros(4, 8, 3, 3), "conv_in.lora_B.weight": torch.zeros(9, 4, 1, 1)}
+    lora = {
+        "conv_in.lora_A.weight": torch.zeros(4, 8, 3, 3),
+        "conv_in.lora_B.weight": torch.zeros(9, 4, 1, 1),
+    }
     save_file(lora, tmp_path / "lora.safetensors", metadata={"lora_alpha": "8"})
     with pytest.raises(CheckpointError, match="another base"):
         gendr.load(tmp_path / "lora.safetensors", base=base)
@@ -254,7 +259,12 @@ def sd15() -> dict[str, torch.Tensor]:
         (lambda p: p.write_bytes(b""), "empty"),
         (lambda p: p.write_bytes(b"<html>not found</html>" * 9), "not a whole safetensors"),
         (lambda p: save_file(sd15(), p), "SD1.5 UNet with 4 latent channels; GenDR needs"),
-        (lambda p: save_file({"body.0.weight": torch.zeros(1), "conv_first.weight": torch.zeros(1)}, p), "ESRGAN"),
+        (
+            lambda p: save_file(
+                {"body.0.weight": torch.zeros(1), "conv_first.weight": torch.zeros(1)}, p
+            ),
+            "ESRGAN",
+        ),
         (lambda p: save_file(VAE(FOREIGN_VAE).state_dict(), p), "autoencoder"),
         (lambda p: save_file({"x": torch.zeros(1)}, p), "unknown kind"),
     ],

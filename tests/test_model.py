@@ -24,7 +24,7 @@ def test_output_size_is_input_times_scale(tiny, size, scale):
     y = tiny.restore(picture(*size), scale=scale)
     assert y.shape == (1, 3, *(int(side * scale + 0.5) or 1 for side in size))
     assert y.dtype == torch.float32
-    assert 0 <= float(y.min())
+    assert float(y.min()) >= 0
     assert float(y.max()) <= 1
 
 
@@ -56,7 +56,9 @@ def test_batch_equals_singles(tiny, settings):
     x = picture(30, 40, b=3)
     whole = tiny.restore(x, scale=3, **settings)
     for index in range(3):
-        assert torch.equal(whole[index : index + 1], tiny.restore(x[index : index + 1], 3, **settings))
+        assert torch.equal(
+            whole[index : index + 1], tiny.restore(x[index : index + 1], 3, **settings)
+        )
 
 
 def test_input_is_left_alone(tiny):
@@ -309,7 +311,9 @@ def test_seamless_edges_meet(plain):
 
     def steps(y):
         inside = max((y[..., 1:, :] - y[..., :-1, :]).abs().max(), (y.diff(dim=-1)).abs().max())
-        across = max((y[..., 0, :] - y[..., -1, :]).abs().max(), (y[..., 0] - y[..., -1]).abs().max())
+        across = max(
+            (y[..., 0, :] - y[..., -1, :]).abs().max(), (y[..., 0] - y[..., -1]).abs().max()
+        )
         return float(across / inside)
 
     assert steps(plain.restore(x, 4, seamless=True)) <= 1.0

@@ -146,9 +146,7 @@ def random_network(prediction: str, *, quant: bool, shift: float | None) -> Unfo
     vae = replace(
         SMALL_VAE, quant_conv=quant, linear_path=not quant, scaling_factor=0.3, shift_factor=shift
     )
-    config = StepConfig(
-        unet=SMALL_UNET, vae=vae, prediction_type=prediction, alpha=0.45, beta=0.55
-    )
+    config = StepConfig(unet=SMALL_UNET, vae=vae, prediction_type=prediction, alpha=0.45, beta=0.55)
     embeds = {n: torch.randn(1, 7, 24) for n in ("positive", "negative", "null")}
     return Unfolded(config, VAE(vae), UNet(SMALL_UNET), embeds).requires_grad_(False)
 

@@ -57,7 +57,9 @@ def test_wrapped_resize_is_the_plain_one_inside_and_periodic_at_the_edge():
     plain, wrapped = resize(x, (48, 51)), resize(x, (48, 51), wrap=True)
     assert torch.allclose(plain[..., 12:-12, 12:-12], wrapped[..., 12:-12, 12:-12], atol=1e-5)
     rolled = resize(x.roll((3, 5), (-2, -1)), (48, 60), wrap=True)
-    assert torch.allclose(rolled, resize(x, (48, 60), wrap=True).roll((12, 20), (-2, -1)), atol=1e-5)
+    assert torch.allclose(
+        rolled, resize(x, (48, 60), wrap=True).roll((12, 20), (-2, -1)), atol=1e-5
+    )
 
 
 def test_rolling_up_undoes_unrolling():

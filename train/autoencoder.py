@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from gendr.vae import TINY_VAE, VAE
 from train import layers
-from train.shards import Pairs
 from train.pixels import pixel_loss, psnr
 from train.run import Average, Run, step_generator, steps_from
+from train.shards import Pairs
 
 GRADIENT, LATENT = 0.25, 1e-4
 

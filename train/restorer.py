@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gendr import checkpoint
 from gendr.onestep import StepConfig, Unfolded
 from gendr.schedule import beta_bar
 from gendr.unet import TINY_UNET, UNet
@@ -32,6 +33,10 @@ from train import layers
 from train.pixels import pixel_loss, psnr
 from train.run import Average, Run, step_generator, steps_from
 from train.shards import Pairs
+
+# Tiles of the exported model, pixels. Larger than the crops it is trained on: the autoencoder has
+# no normalisation and the UNet's attention is local enough (measured at 256, 512 and 1024).
+TILE = 512
 
 
 def tiny_config() -> StepConfig:
@@ -69,6 +74,18 @@ def enlarge(lr: Tensor, scale: int) -> Tensor:
     return F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(-1, 1)
 
 
+def export(path: Path, network: Unfolded, name: str, step: int) -> None:
+    """Write what `gendr.load` and Load GenDR take as it is."""
+    facts = {
+        "tile": TILE,
+        "licence": "Apache-2.0",
+        "training_step": step,
+        "prompts": {"positive": "learned, not made from words"},
+    }
+    header = checkpoint.make_header(network.config, name=name, **facts)
+    checkpoint.save(path, network, header, dtype="fp16")
+
+
 def sheet(path: Path, *rows: Tensor) -> None:
     """Pictures b 3 h w in [-1, 1], one row each, as a PNG."""
     image = torch.cat([torch.cat(list(r.float().cpu()), dim=2) for r in rows], dim=1)
@@ -84,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--autoencoder", help="run folder of train.autoencoder to begin from")
     parser.add_argument("--init", help="run folder of train.restorer to begin from instead")
+    parser.add_argument("--name", default="GenDR-Tiny", help="written into the exported file")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=128, help="pixels of the result")
@@ -95,7 +113,9 @@ def main(argv: list[str] | None = None) -> None:
         help="of the autoencoder, which has no normalisation: 6e-4 drove its activations to 1e5",
     )
     parser.add_argument("--warmup", type=int, default=250)
-    parser.add_argument("--teacher-share", type=float, default=0.85, help="the rest is the clean crop")
+    parser.add_argument(
+        "--teacher-share", type=float, default=0.85, help="the rest is the clean crop"
+    )
     parser.add_argument("--gradient", type=float, default=0.5, help="weight of the edge term")
     parser.add_argument("--autoencode", type=float, default=0.25, help="share of the batch")
     parser.add_argument("--ema", type=float, default=0.999)
@@ -156,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             tensors = {k: v.detach().float().cpu() for k, v in network.state_dict().items()}
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
             temporary.replace(run.folder / "network.safetensors")
+            export(run.folder / "model.safetensors", network, args.name, step)
 
     def validate(step: int) -> str:
         batch = pairs.batch(step_generator(args.seed, -1), 16, pairs.size // 64 * 64)
@@ -180,9 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     step = first
     for step in steps_from(first, args.steps, run):
         generator = step_generator(args.seed, step)
-        batch = {
-            k: v.to(device) for k, v in pairs.batch(generator, args.batch, args.crop).items()
-        }
+        batch = {k: v.to(device) for k, v in pairs.batch(generator, args.batch, args.crop).items()}
         x = enlarge(batch["lr"], pairs.scale)
         share = max(1, round(args.batch * args.autoencode)) if args.autoencode else 0
         # Clean and damaged pictures in turn: the latent must hold both.
