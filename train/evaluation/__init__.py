@@ -1,0 +1,1 @@
+"""The parts of `train.evaluate`: test sets, methods, metrics, records, report."""
