@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -344,7 +345,8 @@ def reason(log: Path) -> str:
         missing = re.search(r"No matching distribution found for (\S+)", text)
         what = (
             f"there is no build of {missing[1] if missing else 'a package'} for Python {version} "
-            f"on {sys.platform}. Python 3.11 to 3.13, 64 bit, has them all"
+            f"on {platform.platform(terse=True)}. 64-bit Python 3.10 to 3.14 is needed, on a Mac "
+            "also Apple silicon and macOS 14"
         )
     else:
         what = "pip failed, see above"
