@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gendr import Settings, cli
-from gendr.commands import jobs, team, upscale
+from gendr import EMBEDDED, Settings, cli, load
+from gendr.commands import doctor, jobs, team, upscale
 from gendr.commands.journal import NAME, Journal, key
 from gendr.commands.progress import Bar
 
@@ -671,3 +671,12 @@ def test_doctor(gendr, tiny_checkpoint, tmp_path):
     code, out, _ = gendr("doctor", "--model", tmp_path / "x.safetensors")
     assert code == 1
     assert "FAIL" in out
+
+
+@pytest.mark.skipif(not EMBEDDED.exists(), reason="no weights in this checkout")
+def test_embedded_model_gives_the_stored_result():
+    model = load(device="cpu", dtype="fp32")
+    stored = doctor.golden(model)
+    assert stored is not None, "new weights: run `python -m gendr.commands.doctor`"
+    ours = doctor.fingerprint(model)
+    assert max(abs(a - b) for a, b in zip(ours, stored, strict=True)) < doctor.TOLERANCE["fp32"]
