@@ -33,7 +33,7 @@ FOLDER = "gendr"
 EMBEDDED = "GenDR-Tiny"
 # A preview is drawn inside the node: often enough to watch, rarely enough to cost nothing.
 PREVIEW_SECONDS = 0.5
-PREVIEW_PIXELS = 512
+PREVIEW_PIXELS = 256
 
 _PACK = __package__.removesuffix("nodes")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

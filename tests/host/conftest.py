@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import rig
+from PIL import Image
 
 WHY = "set COMFYUI_PATH to a ComfyUI checkout (and run in its environment) for the host tests"
 
@@ -24,11 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rig.ComfyUI]:
-    """ComfyUI with the pack, the probe nodes, ComfyUI's own example picture and two models."""
+    """ComfyUI with the pack, the probe nodes, an example picture and two models."""
     base = tmp_path_factory.mktemp("comfyui")
     host = rig.ComfyUI(base)
     shutil.copy(Path(__file__).parent / "probe_nodes.py", base / "custom_nodes")
-    shutil.copy(Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png", base / "input")
+    # Under the name that the templates have, but small: the real one would take minutes here.
+    example = Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png"
+    with Image.open(example) as picture:
+        small = picture.convert("RGB").resize((72, 72), Image.Resampling.LANCZOS)
+    small.save(base / "input" / "example.png")
     rig.write_models(base / "models" / "gendr")
     try:
         yield host.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -58,6 +59,7 @@ class ComfyUI:
         self.port = _free_port()
         self.log_path = base / "server.log"
         self.process: subprocess.Popen | None = None
+        self.greeting = ""
 
     @property
     def url(self) -> str:
@@ -69,7 +71,7 @@ class ComfyUI:
         return self.log_path.read_text(errors="replace")
 
     def start(self, *arguments: str) -> ComfyUI:
-        """Start, and wait until it answers."""
+        """Start, and wait until it answers. `greeting` is the log up to there."""
         home = Path(os.environ["COMFYUI_PATH"])
         python = os.environ.get("COMFYUI_PYTHON", sys.executable)
         command = [python, "main.py", "--port", str(self.port), "--base-directory", str(self.base)]
@@ -77,6 +79,7 @@ class ComfyUI:
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
         if not torch.cuda.is_available():
             command.append("--cpu")
+        command += shlex.split(os.environ.get("COMFYUI_ARGUMENTS", ""))
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
         environment.pop("PYTHONPATH", None)
         with open(self.log_path, "w") as log:
@@ -89,6 +92,7 @@ class ComfyUI:
                 raise RuntimeError(f"ComfyUI ended while starting:\n{self.log[-4000:]}")
             try:
                 self.get("/system_stats")
+                self.greeting = self.log
                 return self
             except OSError:
                 time.sleep(0.5)

@@ -71,8 +71,8 @@ def engine(server):
 
 
 def test_the_pack_loads_without_a_word(server):
-    assert "IMPORT FAILED" not in server.log
-    assert "Traceback" not in server.log
+    assert "IMPORT FAILED" not in server.greeting
+    assert "Traceback" not in server.greeting
     assert set(NODES) <= set(server.get("/object_info"))
 
 
@@ -380,26 +380,17 @@ def test_loading_again_and_again_leaves_memory_flat(server):
     assert max(taken[8:]) - max(taken[3:6]) < 32, [round(t) for t in taken]
 
 
-@pytest.mark.parametrize("copy", [rig.API_COPIES[0], *rig.API_COPIES[1:]], ids=lambda p: p.stem)
+@pytest.mark.parametrize("copy", rig.API_COPIES, ids=lambda path: path.stem)
 def test_the_workflows_run(server, copy):
-    prompt = json.loads(copy.read_text())
-    checkpoint = [n for n in prompt.values() if n["class_type"] == "CheckpointLoaderSimple"]
-    if checkpoint:
-        # Without a diffusion model here: an ordinary picture takes the place of the decoded one.
-        words = refused(server, prompt)
-        assert "ckpt_name" in words
-        assert "GenDR" not in words
-        decoder = next(k for k, n in prompt.items() if n["class_type"] == "VAEDecode")
-        prompt[decoder] = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
-    small = {"class_type": "ImageScaleBy", "inputs": {"upscale_method": "area", "scale_by": 0.1}}
-    for node in [n for n in prompt.values() if n["class_type"] in NODES and "image" in n["inputs"]]:
-        small["inputs"]["image"] = node["inputs"]["image"]
-        node["inputs"]["image"] = ["small", 0]
-    prompt["small"] = small
+    prompt = json.loads(copy.read_text(encoding="utf-8"))
+    for number, node in prompt.items():
+        if node["class_type"] == "VAEDecode":
+            # Without a diffusion model here an ordinary picture takes the decoded one's place.
+            prompt[number] = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
     result = server.run(prompt)
     assert result.status == "success", result.error
     saver = next(k for k, n in prompt.items() if n["class_type"] == "SaveImage")
-    assert all(p.shape[:2] == (308, 308) for p in result.pictures(saver))
+    assert all(picture.shape == (288, 288, 3) for picture in result.pictures(saver))
 
 
 def test_a_folder_of_any_name_works(tmp_path):
