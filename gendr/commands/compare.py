@@ -17,6 +17,7 @@ from .. import pictures
 
 PAPER, INK, FRAME = (24, 24, 27), (235, 235, 235), (255, 196, 0)
 WHOLE, SMALLEST = 640, 320  # pixels: the longest side of a whole, the smallest detail
+DETAIL = WHOLE // 2  # side of the detail in the result: shown twice as large as it is
 MARGIN, LABEL = 16, 28
 METHOD = Image.Resampling.BICUBIC
 
@@ -37,7 +38,7 @@ def run(
         raise ValueError(f"the comparison would replace {output}; choose another --output")
     before, after = on_paper(pictures.read(source).pixels), on_paper(pictures.read(result).pixels)
     height, width = before.shape[-2:]
-    x, y, side = crop or busiest(before)
+    x, y, side = crop or busiest(before, DETAIL * width // after.shape[-1])
     if side < 1 or x < 0 or y < 0 or x + side > width or y + side > height:
         raise ValueError(
             f"the crop {x},{y},{side} (x, y, side) is not inside the input of {width}x{height} pixels"
@@ -58,10 +59,9 @@ def on_paper(pixels: Tensor) -> Tensor:
     return pixels.expand(-1, 3, -1, -1)
 
 
-def busiest(pixels: Tensor) -> tuple[int, int, int]:
-    """The square of a third of the short side with the strongest edges: (x, y, side)."""
-    height, width = pixels.shape[-2:]
-    side = max(min(height, width) // 3, min(height, width, 24))
+def busiest(pixels: Tensor, side: int) -> tuple[int, int, int]:
+    """The square of about this side with the strongest edges: (x, y, side)."""
+    side = min(max(side, 16), *pixels.shape[-2:])
     grey = F.pad(pixels.mean(1, keepdim=True), (0, 1, 0, 1), mode="replicate")
     edges = (grey[..., :-1, 1:] - grey[..., :-1, :-1]).abs()
     edges = edges + (grey[..., 1:, :-1] - grey[..., :-1, :-1]).abs()
