@@ -17,7 +17,6 @@ from .. import pictures
 
 PAPER, INK, FRAME = (24, 24, 27), (235, 235, 235), (255, 196, 0)
 WHOLE, SMALLEST = 640, 320  # pixels: the longest side of a whole, the smallest detail
-DETAIL = WHOLE // 2  # side of the detail in the result: shown twice as large as it is
 MARGIN, LABEL = 16, 28
 METHOD = Image.Resampling.BICUBIC
 
@@ -38,7 +37,9 @@ def run(
         raise ValueError(f"the comparison would replace {output}; choose another --output")
     before, after = on_paper(pictures.read(source).pixels), on_paper(pictures.read(result).pixels)
     height, width = before.shape[-2:]
-    x, y, side = crop or busiest(before, DETAIL * width // after.shape[-1])
+    # A detail of half a panel is shown twice as large as it is in the result.
+    wide = after.shape[-1]
+    x, y, side = crop or busiest(before, min(wide, WHOLE) // 2 * width // wide)
     if side < 1 or x < 0 or y < 0 or x + side > width or y + side > height:
         raise ValueError(
             f"the crop {x},{y},{side} (x, y, side) is not inside the input of {width}x{height} pixels"
