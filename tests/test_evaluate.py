@@ -423,6 +423,15 @@ def test_results_are_only_reused_for_the_same_signature(tmp_path):
     assert methods.Result.saved(tmp_path / "r.png", "s") is None
 
 
+def test_options_are_published_without_folders():
+    clean = evaluate.publishable
+    assert (
+        clean("a=/home/me/b.pth?fidelity=1&color_fix=none") == "a=b.pth?fidelity=1&color_fix=none"
+    )
+    assert clean(["n=dir/d", "C:\\x\\y.pth"]) == ["n=d", "y.pth"]
+    assert (clean("psnr,ssim"), clean(4)) == ("psnr,ssim", 4)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 3), (1, 4)])
 def test_any_channels_become_rgb(shape):
     pixels = torch.full((*shape, 2, 2), 0.5)

@@ -17,6 +17,7 @@ is there. A broken or mismatching file is named and the rest is done. Exit statu
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,16 @@ def evaluate(run: measure.Run, tile_pictures: int, tile_sizes: tuple[int, ...]) 
             run.tile_rows += compare_tiles(run, method, tile_pictures, tile_sizes)
 
 
-def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as they may be published: of paths only the last part."""
-    return {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+def publishable(value: Any) -> Any:
+    """An option as it may be published: of paths only the last part."""
+    if isinstance(value, list):
+        return [publishable(v) for v in value]
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, str):
+        # NAME=PATH?SETTINGS: the folders between "=" and the file are nobody's business.
+        return re.sub(r"(^|=)[^=?]*[/\\\\]", r"\1", value)
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     show = [name for name in args.show.split(",") if name]
-    print(report.write(run, options=plain(args), count=args.pictures, show=show, title=args.title))
+    options_used = {name: publishable(value) for name, value in vars(args).items()}
+    print(report.write(run, options=options_used, count=args.pictures, show=show, title=args.title))
     print(f"{run.out / 'report.html'}")
     failed = sum(len(records.errors) for records in run.records.values())
     if failed:

@@ -18,6 +18,7 @@ from train.evaluation.measure import Run, obtain
 # Larger pictures are shown as their middle at full resolution: reducing them would hide the result.
 LONGEST = 1024
 QUALITY = 90
+THUMB = 168
 # Factor that makes small differences between two results visible.
 AMPLIFY = 8
 
@@ -94,10 +95,20 @@ def embedded(run: Run, item: testset.Item) -> dict[str, Any]:
         "images": [
             None if p is None else data_uri(p, lossless=i == 0) for i, p in enumerate(parts)
         ],
+        "thumb": data_uri(thumbnail(next(p for p in (*parts[1:], parts[0]) if p is not None))),
         "focus": liveliest(*ends) if len(ends) == 2 else [0.5, 0.5],
         "part": None if part == (0, 0, 1, 1) else [round(100 * share) for share in part],
         "size": [largest, max(p.shape[0] for p in found if p is not None)],
     }
+
+
+def thumbnail(picture: np.ndarray) -> np.ndarray:
+    """The middle square, small: decoding a row of large pictures would keep the page waiting."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(np.ascontiguousarray(picture[top : top + side, left : left + side]))
+    return np.asarray(square.resize((THUMB, THUMB), Image.Resampling.LANCZOS))
 
 
 def liveliest(a: np.ndarray, b: np.ndarray) -> list[float]:
