@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .blocks import PHASE_POSITIONS
 from .onestep import StepConfig
 from .resize import up_to_multiple
 from .settings import Settings
@@ -19,9 +20,11 @@ OVERLAP_SHARE, OVERLAP_LIMIT = 0.25, 128
 # than everything else, and the whole step is tiled instead.
 ATTENTION_POSITIONS = 65536
 # Tensors of one resolution that live at once in a residual block: eager, and by strips.
-EAGER_TENSORS, STRIP_TENSORS = 3.25, 1.75
+EAGER_TENSORS, STRIP_TENSORS = 3.25, 2.05
 # Strips are of bounded size; so is what one of them allocates.
 STRIP_EXTRA = 400 * 2**20
+# Bytes per pair of channels while the parity kernels of an enlargement are made.
+PHASE_BYTES = 200
 # float32 planes of the picture that lie around a run: input, enlarged, result, blend, colour fix.
 PLANES = 6
 # Tiles in one pass, where memory allows and the device gains from it.
@@ -92,14 +95,24 @@ def autoencoder_bytes(
 def unet_bytes(config: StepConfig, height: int, width: int, bytes_each: int) -> int:
     """Peak of the UNet on the latent of height x width pixels: skips and the widest feed-forward."""
     c = config.unet
+    last = len(c.block_out_channels) - 1
     skips = working = 0.0
     for level, wide in enumerate(c.block_out_channels):
         share = 1 / 4**level
+        below = c.block_out_channels[min(level + 1, last)]
         skips += wide * (c.layers_per_block + 1) * share
-        # A transformer's GEGLU holds 8 widths, its gate 4, and the residuals; a block about 6.
-        working = max(working, wide * (14 if c.attention[level] else 6) * share)
+        # A transformer's feed-forward holds 20 widths; the first block of an up level works on a
+        # concatenation while the level's input stays alive.
+        block = 3 * (wide + below) + below
+        working = max(working, max(20 * wide if c.attention[level] else 0, block) * share)
     positions = height * width / config.vae.factor**2
-    return int((skips + working) * positions * bytes_each)
+    at = positions * bytes_each
+    # Parity kernels of the widest enlargement, made per call and let go of.
+    kernels = max(
+        PHASE_BYTES * wide**2 if level and positions / 4**level >= PHASE_POSITIONS else 0
+        for level, wide in enumerate(c.block_out_channels)
+    )
+    return int(max((skips + working) * at, kernels + skips * at))
 
 
 def make(

@@ -6,6 +6,7 @@ the small one of GenDR-Tiny. Parameter names are those of diffusers' Autoencoder
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -123,10 +124,16 @@ class Level(nn.Module):
         steps = getattr(self, "downsamplers", None) or getattr(self, "upsamplers", None)
         return steps[0] if steps else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resnets:
-            x = block(x)
-        return x if self.resample is None else self.resample(x)
+
+def steps(levels: Iterable[Level]) -> list[nn.Module]:
+    """Blocks and resamplings of all levels in a row.
+
+    Run one by one, the input of a level is let go of after its first block.
+    """
+    flat: list[nn.Module] = []
+    for level in levels:
+        flat += [*level.resnets, *([level.resample] if level.resample is not None else [])]
+    return flat
 
 
 class Middle(nn.Module):
@@ -188,9 +195,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
-        for level in self.down_blocks:
-            h = level(h)
-        h = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+        for step in steps(self.down_blocks):
+            h = step(h)
+        for step in (self.mid_block, self.conv_norm_out, F.silu, self.conv_out):
+            h = step(h)
         return add_linear(h, self.linear, x)
 
 
@@ -229,9 +237,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            h = level(h)
-        h = self.conv_out(F.silu(self.conv_norm_out(h)))
+        for step in (*steps(self.up_blocks), self.conv_norm_out, F.silu, self.conv_out):
+            h = step(h)
         return self.to_picture(h, z)
 
     def to_picture(self, h: Tensor, z: Tensor) -> Tensor:

@@ -197,3 +197,19 @@ def test_detail_zero_is_the_autoencoder():
 def test_mismatched_latents_are_named():
     with pytest.raises(ValueError, match=r"4 latent channels.*16"):
         StepConfig(unet=SD21, vae=VAE16)
+
+
+def test_large_maps_are_enlarged_by_phases_small_ones_plainly(monkeypatch):
+    torch.manual_seed(0)
+    layer = Upsample(6, phases=True)
+    calls = []
+    real = phase_upsample
+    monkeypatch.setattr(
+        "gendr.blocks.phase_upsample", lambda *a: calls.append(a[0].shape) or real(*a)
+    )
+    plain = Upsample(6)
+    plain.load_state_dict(layer.state_dict())
+    for side in (8, 40):
+        x = torch.randn(1, 6, side, side)
+        assert distance(layer(x), plain(x)) <= 1e-6
+    assert [shape[-1] for shape in calls] == [40]
