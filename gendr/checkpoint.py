@@ -386,7 +386,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     """A complete file or none: written beside its place, then renamed."""
     temporary = path.with_name(path.name + ".part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        # The library makes files that only their owner may read.
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
