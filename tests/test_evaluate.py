@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import gendr
 from train import evaluate
 from train.evaluation import judges, methods, metrics, records, shown, testset
 from train.evaluation.niqe import Niqe
@@ -334,6 +335,17 @@ def test_broken_and_mismatching_files_are_named_and_the_rest_is_done(pairs, caps
     assert "bicubic: 4 in" in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_be_loaded_leaves_the_others(pairs, tiny_checkpoint, monkeypatch):
+    def load(*args, **kwargs):
+        raise gendr.CheckpointError("damaged")
+
+    monkeypatch.setattr(methods.checkpoint, "load", load)
+    assert run(pairs, "--model", f"ours={tiny_checkpoint}") == 1
+    found = results(pairs)
+    assert "ours could not be loaded: damaged" in found["problems"]
+    assert set(found["metrics"][0]["methods"]) == {"bicubic", "lanczos"}
+
+
 def test_every_metric_is_there_or_has_its_reason(pairs):
     assert run(pairs) == 0
     found = {m["name"]: m for m in results(pairs)["metrics"]}
@@ -463,6 +475,16 @@ def test_wrong_commands_are_told_in_one_line(pairs, capsys, monkeypatch, argumen
     assert error.startswith("error: ")
     assert message in error
     assert not (pairs / "out").exists()
+
+
+@pytest.mark.skipif(testset.tomllib is None, reason="Python 3.10 without tomli")
+def test_the_sets_tell_where_they_are(capsys):
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(["--sets"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("3000 pairs", "csjcai/RealSR", "RealSet80", "cswry/SeeSR", "wavelet"):
+        assert word in text
 
 
 def test_spandrel_is_named_where_it_is_missing(pairs, capsys, monkeypatch):

@@ -115,7 +115,8 @@ def prepare(args: argparse.Namespace) -> measure.Run:
             raise InputError(f"--show {picture!r}: there is no such picture")
     if recipe and len(items) != recipe.pictures:
         problems.append(
-            f"{recipe.title} has {recipe.pictures} pictures, here are {len(items)}: the paper's rows are not of the same pictures"
+            f"{recipe.title} has {recipe.pictures} pictures, here are {len(items)}: "
+            "the paper's rows are not of the same pictures"
         )
     if args.limit is not None:
         if args.limit < 1:
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = sum(len(records.errors) for records in run.records.values())
     if failed:
         print(f"{failed} result(s) failed; they are named in the report", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or run.unusable else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from train.evaluation.records import Records
 
 SECONDS = Metric(
     "seconds", "Seconds per picture", "lower", COST, 3,
-    "restoring only: loading, decoding and writing are not counted",
+    "median; restoring only: loading, decoding and writing are not counted",
 )  # fmt: skip
 PEAK = Metric("peak", "Peak GPU memory, GiB", "lower", COST, 2, "highest allocation, per picture")
 
@@ -28,7 +28,8 @@ class Run:
     """What is measured, on what, and what could not be.
 
     judges: (entry, pyiqa model, asked for by name). missing: metric name -> why it is n/a.
-    problems: everything the reader of the report has to know, in words.
+    problems: everything the reader of the report has to know, in words. unusable: methods that
+    could not be loaded.
     """
 
     out: Path
@@ -41,6 +42,7 @@ class Run:
     recipe: testset.Recipe | None
     baseline: str
     problems: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     rows: list[Metric] = field(default_factory=list)
     tile_rows: list[dict[str, Any]] = field(default_factory=list)
@@ -164,6 +166,7 @@ def measure(run: Run, method: methods.Method) -> None:
         try:
             line = measure_one(run, method, item)
         except methods.NotLoaded as error:
+            run.unusable.append(method.name)
             run.problems.append(f"{method.name} could not be loaded: {error}")
             print(f"failed: {run.problems[-1]}", file=sys.stderr)
             break

@@ -23,6 +23,7 @@ from gendr.tiles import seam_score
 from train.evaluation.metrics import as_tensor
 
 EMBEDDED = "embedded"
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 # A method's name is a folder name, a table heading and a CSV value.
 NAME = re.compile(r"[\w .+()=,-]{1,60}")
 
@@ -125,6 +126,14 @@ def identity(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def code_sha256() -> str:
+    """Hash of the sources that restore, without commands."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(gendr.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Resize:
     """Pillow's bicubic or Lanczos enlargement: what any method has to be better than."""
 
@@ -132,9 +141,7 @@ class Resize:
 
     def __init__(self, name: str, settings: gendr.Settings):
         self.name, self.settings = name, settings
-        self.filter = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}[
-            name
-        ]
+        self.filter = FILTERS[name]
         self.facts = {"what": f"Pillow {name}, 8 bit"}
         self.identity = identity("resize", name, settings.scale)
 
@@ -196,10 +203,14 @@ class Checkpoint:
             "sha256": sha256,
             "header": {k: v for k, v in header.items() if k not in ("path", "config")},
             "settings": chosen,
+            "parameters": header.get("parameters"),
+            "licence": header.get("licence"),
             "dtype": dtype,
             "device": device,
         }
-        self.identity = identity("gendr", sha256, chosen, dtype, device)
+        # The code and the kind of device are part of what makes a result, too.
+        place = device if device != "auto" else f"auto, {torch.cuda.is_available()}"
+        self.identity = identity("gendr", sha256, chosen, dtype, place, code_sha256())
         self._model: gendr.GenDR | None = None
 
     @property
@@ -226,17 +237,18 @@ class Checkpoint:
         model = self.model  # loading is no part of the time
         image = pictures.read(path).pixels
         pixels, report = model.restore_with_report(image, **settings)
-        seam = report.seam_score
-        if seam is None and report.tiles > 1:
-            seam = latent_seam(model, gendr.Settings(**settings), report, pixels)
-        return Result(
+        result = Result(
             rgb8(pixels),
             report.seconds,
             report.peak_bytes / 2**30 if report.peak_bytes else None,
-            seam,
+            report.seam_score,
             tiles=report.tiles,
             notes=list(report.events),
         )
+        if result.seam is None and result.tiles > 1:
+            result.no_seam = "tiled, but the plan can't be told afterwards"
+            result.seam = latent_seam(model, gendr.Settings(**settings), report, pixels)
+        return result
 
     def close(self) -> None:
         self._model = None

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from gendr.settings import COLOR_FIXES, DTYPES
 from train.evaluation import testset
 
 BASELINES = ("bicubic", "lanczos")
+
+
+class Sets(argparse.Action):
+    """--sets: what the paper measures on, where it is to be had, and how; then leaves."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for name in testset.recipe_names():
+            recipe = testset.read_recipe(name)
+            kind = "pairs" if recipe.paired else "pictures without references"
+            print(f"{name}: {recipe.title}, {recipe.pictures} {kind}")
+            for line in (*recipe.source, *recipe.notes):
+                print(textwrap.fill(line, 100, initial_indent="  - ", subsequent_indent="    "))
+        parser.exit()
 
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
@@ -57,6 +72,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
         help="one of the paper's sets, or a .toml of the same form: "
         + ", ".join(testset.recipe_names()),
     )
+    add("--sets", action=Sets, nargs=0, help="tell about the paper's four sets, and leave")
     add("--limit", type=int, metavar="N", help="only the first N pictures by name")
 
     add = parser.add_argument_group("metrics").add_argument

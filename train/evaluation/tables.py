@@ -45,9 +45,15 @@ def ordered(run: Run) -> list[tuple[str, list[Metric]]]:
     return [(g, [m for m in run.rows if m.group == g]) for g in GROUPS]
 
 
+def centre(s: Summary, metric: Metric) -> float:
+    """The mean; of costs the median, which a slow first picture doesn't move."""
+    return s.median if metric.group == COST else s.mean
+
+
 def best(found: dict[str, Summary], metric: Metric) -> set[str]:
     """The methods whose mean, as printed, is the best; none where all print the same."""
-    costs = {n: cost(round(s.mean, metric.digits), metric.better) for n, s in found.items()}
+    values = {n: round(centre(s, metric), metric.digits) for n, s in found.items()}
+    costs = {n: cost(value, metric.better) for n, value in values.items()}
     least = min(costs.values(), default=0)
     winners = {name for name, value in costs.items() if value == least}
     return winners if len(winners) < len(costs) else set()
@@ -58,10 +64,10 @@ def difference(s: Summary, metric: Metric) -> str:
     if s.difference is None or metric.group == COST:
         return ""
     kind = "even"
-    if s.low is not None and s.high is not None and s.low * s.high > 0 and s.better is not None:
-        kind = "good" if s.better * 2 > s.count else "bad"
-        if metric.better != "one":
-            kind = "good" if (s.difference > 0) == (metric.better == "higher") else "bad"
+    if s.low is not None and s.low * s.high > 0:
+        # A ratio that should be 1 has no better direction: there the pictures are counted.
+        upwards = s.better * 2 > s.count if metric.better == "one" else s.difference > 0
+        kind = "good" if upwards == (metric.better != "lower") else "bad"
     low, high = number(s.low, metric.digits, True), number(s.high, metric.digits, True)
     interval = f" <i>[{low}, {high}]</i>" if s.low is not None else ""
     return (
@@ -137,7 +143,7 @@ def metric_row(
             continue
         mark = ' class="best"' if method.name in winners else ""
         cells.append(
-            f"<td{mark}><b>{number(s.mean, metric.digits)}</b>{difference(s, metric)}</td>"
+            f"<td{mark}><b>{number(centre(s, metric), metric.digits)}</b>{difference(s, metric)}</td>"
         )
     if paper:
         value = paper.get(metric.name)
@@ -383,7 +389,9 @@ def text_table(run: Run, summaries: dict[str, dict[str, Summary]]) -> str:
             missing.setdefault(run.missing[metric.name], []).append(metric.label)
             continue
         found = summaries[metric.name]
-        cells = (number(found[n].mean, metric.digits) if n in found else "n/a" for n in names)
+        cells = (
+            number(centre(found[n], metric), metric.digits) if n in found else "n/a" for n in names
+        )
         head = f"{metric.label} {ARROWS[metric.better]}".ljust(width)
         lines.append(head + " ".join(f"{cell:>18}" for cell in cells))
     lines += [f"n/a: {', '.join(labels)}: {reason}" for reason, labels in missing.items()]
