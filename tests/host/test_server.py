@@ -32,6 +32,7 @@ def graph(
     width: int = 56,
     channels: int = 3,
     kind: str = "float32",
+    dtype: str = "fp32",
     name: str = "picture",
     **widgets,
 ) -> dict:
@@ -43,7 +44,7 @@ def graph(
     size = {"batch": batch, "height": height, "width": width, "channels": channels}
     return {
         "1": {"class_type": "ProbePicture", "inputs": {**size, "seed": seed, "kind": kind}},
-        "2": {"class_type": "LoadGenDR", "inputs": {"model": model, "dtype": "fp32"}},
+        "2": {"class_type": "LoadGenDR", "inputs": {"model": model, "dtype": dtype}},
         "3": {"class_type": node, "inputs": values},
         "4": {
             "class_type": "ProbeKeep",
@@ -121,6 +122,15 @@ def test_same_pixels_as_the_library(server, engine):
     dtype, _, contiguous, words = result.entry["outputs"]["4"]["text"]
     assert (dtype, contiguous) == ("torch.float32", "True")
     assert words == repr(engine)
+
+
+def test_computes_in_the_format_that_was_asked_for(server):
+    assert server.run(graph(name="exact")).status == "success"
+    result = server.run(graph(dtype="bf16", name="rough"))
+    assert result.status == "success", result.error
+    assert "bf16" in result.text("5")
+    distance = (kept(server, "exact") - kept(server, "rough")).abs().mean()
+    assert 0 < distance < 0.02
 
 
 def test_same_pixels_as_the_command_line(server):
