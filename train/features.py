@@ -1,0 +1,137 @@
+"""Representation alignment (REPA): frozen DINOv2 features and the projector that meets them.
+
+The UNet's first level ends at 1/16 of the picture's side. DINOv2 cuts its input into patches of 14
+pixels, so a picture resized to 7/8 of its side gives the very same grid: tokens are compared one by
+one, and nothing is interpolated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from gendr.unet import UNet
+
+# Names in recipes -> the hub's; widths are 384, 768, 1024 and 1536.
+ENCODERS = {
+    "dinov2-s": "facebook/dinov2-small",
+    "dinov2-b": "facebook/dinov2-base",
+    "dinov2-l": "facebook/dinov2-large",
+    "dinov2-g": "facebook/dinov2-giant",
+}
+PATCH = 14
+# Pixels of the picture per token.
+CELL = 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HIDDEN = 2048
+
+
+class FeaturesError(RuntimeError):
+    """The encoder can't be had; the message says why and what to do."""
+
+
+def tokens(x: Tensor) -> Tensor:
+    """A feature map as tokens, row by row: b c h w -> b (h w) c."""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+class DinoV2(nn.Module):
+    """A frozen DINOv2: the features of a picture, one token for every 16x16 pixels."""
+
+    def __init__(self, model: nn.Module):
+        """model: a `transformers.Dinov2Model`, with or without registers."""
+        super().__init__()
+        if model.config.patch_size != PATCH:
+            raise ValueError(
+                f"the encoder has patches of {model.config.patch_size} pixels, expected {PATCH}: "
+                f"give one of {', '.join(ENCODERS)}, or a DINOv2 folder"
+            )
+        self.model = model.requires_grad_(False).eval()
+        self.width: int = model.config.hidden_size
+
+    @classmethod
+    def load(cls, name: str = "dinov2-b", **options: Any) -> DinoV2:
+        """By a name of `ENCODERS`, a hub id or a folder; FeaturesError where it can't be had.
+
+        options: of transformers' `from_pretrained`, such as revision and local_files_only.
+        """
+        # Here, because it takes seconds and most users of this module don't load an encoder.
+        from transformers import AutoModel
+
+        source = ENCODERS.get(name, name)
+        try:
+            return cls(AutoModel.from_pretrained(source, **options))
+        except OSError as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise FeaturesError(
+                f"DINOv2 can't be loaded from {source}: fetch it where there is a network "
+                f"(`hf download {source}`) and give its folder instead of {name} ({first})"
+            ) from error
+
+    def train(self, mode: bool = True) -> DinoV2:
+        """Stays in evaluation mode, whatever the module it is part of does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures b 3 h w in [-1, 1], sides multiples of 16 -> b (h/16 w/16) d, row by row."""
+        h, w = x.shape[-2:]
+        if h % CELL or w % CELL:
+            raise ValueError(f"sides must be multiples of {CELL} pixels for REPA, not {h}x{w}")
+        grid = (h // CELL) * (w // CELL)
+        mean, std = (x.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
+        x = ((x.float() + 1) / 2 - mean) / std
+        x = F.interpolate(x, (h // CELL * PATCH, w // CELL * PATCH), mode="bicubic")
+        out = self.model(x.to(next(self.model.parameters()).dtype)).last_hidden_state
+        # The class token, and registers where there are any, stand in front.
+        return out[:, -grid:]
+
+
+class Projector(nn.Sequential):
+    """Three linear layers with SiLU: b n c -> b n d; 6.43 M parameters for SD2.1 and DINOv2-B."""
+
+    def __init__(self, inputs: int, outputs: int, *, hidden: int = HIDDEN):
+        super().__init__(
+            nn.Linear(inputs, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, outputs),
+        )
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
+class Aligned(nn.Module):
+    """A UNet with its projector: one module, so that wrappers for several processes see both.
+
+    forward(z, t, context) -> (the UNet's output b c h w, projected tokens b n d of the first level
+    behind its downsampler, "after the first downsampling block"). The tap fires outside of blocks
+    that are recomputed, so gradient checkpointing does not disturb it.
+    """
+
+    def __init__(self, unet: UNet, projector: Projector):
+        super().__init__()
+        if not hasattr(unet.down_blocks[0], "downsamplers"):
+            raise ValueError(
+                "REPA taps the UNet behind its first downsampler, and a UNet of one level has none"
+            )
+        self.unet, self.projector = unet, projector
+        self._tapped: Tensor | None = None
+        # A bound method, so that a copy of this module taps its own UNet.
+        unet.down_blocks[0].register_forward_hook(self._tap)
+
+    def _tap(self, level: nn.Module, inputs: Any, output: tuple[Tensor, list[Tensor]]) -> None:
+        self._tapped = output[0]
+
+    def forward(self, z: Tensor, t: Tensor | int, context: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.unet(z, t, context)
+        # Not kept: it holds the graph.
+        tapped, self._tapped = self._tapped, None
+        return out, self.projector(tokens(tapped))
