@@ -28,6 +28,7 @@ if HOSTED:
     import comfy.ops
     import comfy.utils
     import folder_paths
+    from comfy.cli_args import args
 
 FOLDER = "gendr"
 EMBEDDED = "GenDR-Tiny"
@@ -115,7 +116,12 @@ def load(path: str, dtype: str) -> Model:
 
 
 def _usual_dtype(device: torch.device) -> str:
-    """What ComfyUI would compute a diffusion model in: honours its flags and the card's age."""
+    """What ComfyUI would compute a diffusion model in: honours its flags and the card's age.
+
+    On a CPU it always says fp32; there our own probe may know better, unless a flag says it too.
+    """
+    if device.type == "cpu" and not (args.force_fp32 or args.fp32_unet):
+        return "auto"
     choices = list(_DTYPES)
     dtype = management.unet_dtype(device, supported_dtypes=choices)
     if dtype not in choices:  # an 8-bit storage flag; weights as small as ours stay in 16 bits

@@ -374,7 +374,15 @@ def test_out_of_memory_in_old_and_new_versions(management):
 def test_dtype_follows_the_host(management, usual, cast, expected):
     management.unet_dtype = lambda device, supported_dtypes: usual
     management.unet_manual_cast = lambda dtype, device, supported_dtypes: cast
-    assert host._usual_dtype(torch.device("cpu")) == expected
+    assert host._usual_dtype(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("flag", [None, "force_fp32", "fp32_unet"])
+def test_on_a_cpu_the_library_s_probe_decides(management, monkeypatch, flag):
+    flags = {"force_fp32": False, "fp32_unet": False} | ({flag: True} if flag else {})
+    monkeypatch.setattr(host, "args", SimpleNamespace(**flags), raising=False)
+    management.unet_dtype = lambda device, supported_dtypes: torch.float32
+    assert host._usual_dtype(torch.device("cpu")) == ("fp32" if flag else "auto")
 
 
 @pytest.mark.parametrize("base", [Exception, BaseException])
