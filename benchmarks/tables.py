@@ -98,7 +98,7 @@ def compared(row: dict[str, Any]) -> list[list[str]]:
         line += [seconds(walls), seconds(cpus)]
         line += [f"{v['peak'] / GIB:.2f}", f"{(v['peak'] - v['before']) / GIB:.2f}"]
         reference = letter == row["reference"]
-        line += ["reference", ""] if reference else [f"{v['rel_l2']:.1e}", f"{v['psnr']:.1f}"]
+        line += ["reference", ""] if reference else [f"{v['rel_l2']:.1e}", decibels(v["psnr"])]
         for other in "AB":
             if other not in variants or letter <= other:
                 line.append("")
@@ -119,7 +119,7 @@ def growth(result: dict[str, Any]) -> str:
         megapixels = row["size"] ** 2 / 1e6
         times = [s / megapixels for s in row["seconds"]]
         base = base or median(times)
-        parity = f"{row['psnr']:.1f}" if "psnr" in row else "-"
+        parity = decibels(row["psnr"]) if "psnr" in row else "-"
         seam = "-" if row["seam_score"] is None else f"{row['seam_score']:.2f}"
         mode = row["mode"] + (f", {row['tiles']} tiles" if row["tiles"] > 1 else "")
         if row["tiles"] > 1:
@@ -162,7 +162,7 @@ def strips(result: dict[str, Any]) -> str:
                     f"{at['peak'] / GIB:.2f}",
                     f"{at['peak'] / max(1, whole['peak']):.2f}",
                     f"{at['rel_l2']:.1e}",
-                    f"{at['psnr']:.1f}",
+                    decibels(at["psnr"]),
                 ]
             )
     head = ["size, stage", "s", "over whole", "peak beyond weights GiB", "over whole"]
@@ -194,6 +194,11 @@ def seconds(values: list[float]) -> str:
 def figure(value: float) -> str:
     """Three digits that count."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def decibels(value: float | None) -> str:
+    """PSNR, or that nothing differs."""
+    return "equal" if value is None else f"{value:.1f}"
 
 
 def loads(values: list[list[float] | None]) -> str:

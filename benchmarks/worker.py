@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .memory import Watch
 from .weights import load_text
 
 Answer = dict[str, Any]
+Distance = dict[str, float | None]
 
 
 class Variant:
@@ -178,19 +179,34 @@ def clock(device: torch.device) -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def distance(y: Tensor, reference: Tensor, *, span: float = 2.0) -> dict[str, float]:
-    """Relative L2 error, and PSNR in dB for values that span this much."""
+def distance(y: Tensor, reference: Tensor, *, span: float = 2.0) -> Distance:
+    """Relative L2 error, and PSNR in dB for values that span this much (None: nothing differs)."""
     y, reference = y.double().cpu(), reference.double().cpu()
     mse = float((y - reference).square().mean())
     return {
         "rel_l2": float((y - reference).norm() / reference.norm()),
-        "psnr": 10 * math.log10(span**2 / mse) if mse else math.inf,
+        "psnr": 10 * math.log10(span**2 / mse) if mse else None,
     }
 
 
-def compare(a: Path, b: Path) -> dict[str, float]:
+def compare(a: Path, b: Path) -> Distance:
     """`distance` of two saved results."""
     return distance(load_file(a)["result"], load_file(b)["result"])
+
+
+def serve(spec: dict[str, Any], requests: Iterable[str]) -> Iterator[Answer]:
+    """An answer for every request; what fails is answered with its reason."""
+    target: Any = None
+    for line in requests:
+        request = json.loads(line)
+        try:
+            if target is None:
+                target = (Variant if spec["kind"] == "variant" else Model)(spec)
+            name = request.pop("do")
+            yield {"ready": True} if name == "load" else getattr(target, name)(**request)
+        except Exception as error:
+            traceback.print_exc()
+            yield {"error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
@@ -200,17 +216,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])
-    target: Any = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if target is None:
-                target = (Variant if spec["kind"] == "variant" else Model)(spec)
-            name = request.pop("do")
-            answer = {"ready": True} if name == "load" else getattr(target, name)(**request)
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
+    for answer in serve(spec, sys.stdin):
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
