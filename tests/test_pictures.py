@@ -14,8 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile
 
-from gendr import pictures
-from gendr.pictures import Picture, PictureError, read, write
+from gendr.pictures import Picture, PictureError, kinds, read, reading, write, writing
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 MAKE, DATE, RATING = 271, 0x9003, 18246
@@ -41,9 +40,9 @@ def integers(pixels, white):
 def tagged(orientation=1):
     exif = Image.Exif()
     exif[MAKE], exif[RATING] = "Maker", 4
-    exif[pictures.ORIENTATION] = orientation
-    exif[pictures.EXIF_IFD] = {DATE: "2026:11:23 12:00:00", 0xA002: 5, 0xA003: 7}
-    exif[pictures.GPS_IFD] = {1: "N", 2: (47.0, 22.0, 1.5)}
+    exif[kinds.ORIENTATION] = orientation
+    exif[kinds.EXIF_IFD] = {DATE: "2026:11:23 12:00:00", 0xA002: 5, 0xA003: 7}
+    exif[kinds.GPS_IFD] = {1: "N", 2: (47.0, 22.0, 1.5)}
     return exif
 
 
@@ -131,7 +130,7 @@ def stored(folder, data, name):
     ],
 )
 def test_every_mode_of_pillow_has_samples(mode, channels):
-    samples, white, _ = pictures._samples(Image.new(mode, (5, 3)), [])
+    samples, white, _ = reading._samples(Image.new(mode, (5, 3)), [])
     assert samples.shape == (3, 5, channels)
     assert white >= samples.max()
 
@@ -243,7 +242,7 @@ def test_sixteen_bit_tiff_is_turned_once(tmp_path, deflate):
 
 
 def test_what_pillow_reduces_to_eight_bits_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_sixteen_bits", lambda image, file: None)
+    monkeypatch.setattr(reading, "_sixteen_bits", lambda image, file: None)
     samples = noise(5, 6, 3, dtype=np.uint16)
     picture = read(stored(tmp_path, tiff(samples), "a.tif"))
     assert np.array_equal(integers(picture.pixels, 255), samples >> 8)
@@ -268,7 +267,7 @@ def test_without_the_raw_modes_eight_bits_are_read(tmp_path, monkeypatch):
     def lacking(file, rawmode):
         raise ValueError("unrecognized raw mode")
 
-    monkeypatch.setattr(pictures, "_reopened", lacking)
+    monkeypatch.setattr(reading, "_reopened", lacking)
     samples = noise(5, 6, 4, dtype=np.uint16)
     picture = read(stored(tmp_path, png(samples), "a.png"))
     assert np.array_equal(integers(picture.pixels, 255), samples >> 8)
@@ -401,7 +400,7 @@ def test_orientation_is_applied_and_reset(tmp_path, orientation, suffix):
     assert np.array_equal((picture.pixels[0].permute(1, 2, 0) > 0.5).numpy(), turned > 127)
     exif = Image.Exif()
     exif.load(picture.exif)
-    assert pictures.ORIENTATION not in exif
+    assert kinds.ORIENTATION not in exif
     assert exif[MAKE] == "Maker"
 
 
@@ -417,12 +416,12 @@ def test_exif_goes_from_file_to_file(tmp_path, source, suffix, wide):
     with Image.open(path) as image:
         image.load()
         exif = image.getexif()
-        assert exif.get(pictures.ORIENTATION, 1) == 1
+        assert exif.get(kinds.ORIENTATION, 1) == 1
         assert (exif[MAKE], exif[RATING]) == ("Maker", 4)
-        details = exif.get_ifd(pictures.EXIF_IFD)
+        details = exif.get_ifd(kinds.EXIF_IFD)
         assert details[DATE] == "2026:11:23 12:00:00"
         assert (details[0xA002], details[0xA003]) == (20, 28)
-        assert exif.get_ifd(pictures.GPS_IFD)[2] == (47.0, 22.0, 1.5)
+        assert exif.get_ifd(kinds.GPS_IFD)[2] == (47.0, 22.0, 1.5)
     assert read(path).pixels.shape == (1, 3, 28, 20)
 
 
@@ -442,7 +441,7 @@ def test_broken_exif_costs_the_exif_alone(tmp_path):
 
 def test_exif_too_long_for_jpeg_loses_the_makers_block_first(tmp_path):
     exif = tagged()
-    exif[pictures.EXIF_IFD] = {DATE: "2026:11:23 12:00:00", pictures.MAKER_NOTE: bytes(70000)}
+    exif[kinds.EXIF_IFD] = {DATE: "2026:11:23 12:00:00", kinds.MAKER_NOTE: bytes(70000)}
     like = Picture(torch.rand(1, 3, 4, 4), exif=exif.tobytes())
     kept = Image.Exif()
     kept.load(header(write(tmp_path / "a.jpg", like.pixels, like))["exif"])
@@ -723,7 +722,7 @@ def test_all_five_filters_are_used_and_right():
     rows[24:32] = 9 * y + 5 * (x // 6) + noise(1, 6, seed=2)[0, x % 6] // 2  # and both
     rows[32:] = 3 * y + 7 * x
     above = noise(30, seed=9)
-    filtered = pictures._filtered(rows, above, 6)
+    filtered = writing._filtered(rows, above, 6)
     assert set(filtered[:, 0]) == set(range(5))
     before = above.astype(int)
     for (kind, *stored_row), expected in zip(filtered.astype(int), rows, strict=True):
@@ -892,7 +891,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, code, text, where):
             args[0].write(b"half of it")
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(pictures if where == "_encode" else os, where, fail)
+    monkeypatch.setattr(writing if where == "_encode" else os, where, fail)
     with pytest.raises(PictureError, match=text) as info:
         write(path, torch.ones(1, 3, 4, 4), overwrite=True)
     assert str(path) in str(info.value)
