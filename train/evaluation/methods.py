@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 import gendr
 from gendr import checkpoint, pictures
 from gendr.plan import latent_grid
-from gendr.tiles import seam_score
+from gendr.tiles import Grid, fit_grid, seam_score
 from train.evaluation.metrics import as_tensor
 
 EMBEDDED = "embedded"
@@ -30,7 +30,10 @@ NAME = re.compile(r"[\w .+()=,-]{1,60}")
 
 @dataclass
 class Result:
-    """pixels: uint8 h w 3. seam: the restoration's own seam score, None when made in one piece."""
+    """pixels: uint8 h w 3. seam: score at the tiles' borders, None when made in one piece.
+
+    grid: the fields of the `gendr.tiles.Grid` whose borders these are, where it is known.
+    """
 
     pixels: np.ndarray
     seconds: float | None = None
@@ -38,6 +41,7 @@ class Result:
     seam: float | None = None
     no_seam: str = "made in one piece: no tile border"
     tiles: int = 1
+    grid: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     def save(self, path: Path, signature: str) -> None:
@@ -247,7 +251,10 @@ class Checkpoint:
         )
         if result.seam is None and result.tiles > 1:
             result.no_seam = "tiled, but the plan can't be told afterwards"
-            result.seam = latent_seam(model, gendr.Settings(**settings), report, pixels)
+        if grid := tile_grid(model, gendr.Settings(**settings), report):
+            result.grid = asdict(grid)
+            # Reported where whole tiles are blended; measured here where the UNet alone had tiles.
+            result.seam = result.seam or seam_score(as_tensor(result.pixels), grid)
         return result
 
     def close(self) -> None:
@@ -256,23 +263,23 @@ class Checkpoint:
             torch.cuda.empty_cache()
 
 
-def latent_seam(
-    model: gendr.GenDR, settings: gendr.Settings, report: gendr.Report, pixels: torch.Tensor
-) -> float | None:
-    """Seam score of a result whose UNet ran in tiles of the latent, where the borders lie in it.
+def tile_grid(model: gendr.GenDR, settings: gendr.Settings, report: gendr.Report) -> Grid | None:
+    """Where the tiles of a result lay, in its pixels. None for a result made in one piece.
 
-    None when the plan can't be told afterwards, since the memory that decides has changed.
+    None also when the plan can't be told afterwards, since the memory that decides has changed.
     """
     planned = model.plan(*report.input_size, settings)
-    if (planned.mode, planned.tile) != (report.mode, report.tile):
+    if report.tiles == 1 or (planned.mode, planned.tile) != (report.mode, report.tile):
         return None
+    if planned.mode == "tiles":
+        return fit_grid(*planned.padded_size, planned.target, planned.overlap, model.multiple)
     config = model.network.config
     grid = latent_grid(config, planned.padded_size, planned.target, planned.overlap)
     factor = config.vae.factor
     names = ("height", "width", "tile_height", "tile_width", "overlap")
     larger = {name: getattr(grid, name) * factor for name in names}
     starts = {name: tuple(p * factor for p in getattr(grid, name)) for name in ("tops", "lefts")}
-    return seam_score(pixels[:, : min(3, pixels.shape[1])], replace(grid, **larger, **starts))
+    return replace(grid, **larger, **starts)
 
 
 class Spandrel:

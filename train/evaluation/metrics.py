@@ -82,8 +82,8 @@ NATIVE = (
     ),
     Metric(
         "seam", "Seam score", "one", INPUT, 2,
-        "gradient energy across the tiles' borders / near them, as the restoration reports it: "
-        "1 is invisible",
+        "gradient energy across the tiles' borders / near them: 1 is invisible; an edge of the "
+        "picture that lies along a border counts too",
     ),
 )  # fmt: skip
 

@@ -256,6 +256,10 @@ def paper_table(columns: list[str], labels: dict[str, Metric], rows: str) -> str
     )
 
 
+def tiles(count: int) -> str:
+    return "one piece" if count == 1 else f"{count} tiles"
+
+
 def tiles_block(run: Run) -> str:
     """Three tile sizes side by side: numbers, crops, and where the results differ."""
     if not run.tile_rows:
@@ -269,6 +273,7 @@ def tiles_block(run: Run) -> str:
         ("psnr_to_first", "PSNR to the largest", 2),
         ("delta_e_to_first", "ΔE to the largest", 2),
         ("seam", "Seam score", 2),
+        ("seam_of_first", "the largest, same lines", 2),
         ("psnr", "PSNR", 2),
         ("lr_psnr", "Reduced PSNR", 2),
         ("seconds", "Seconds", 2),
@@ -280,7 +285,7 @@ def tiles_block(run: Run) -> str:
     for method, stem in pairs:
         rows = [r for r in run.tile_rows if (r["method"], r["stem"]) == (method, stem)]
         body = "".join(
-            f'<tr><th scope="row">{r["tile"]} px<small>{r["tiles"]} tile(s)</small></th>'
+            f'<tr><th scope="row">{r["tile"]} px<small>{tiles(r["tiles"])}</small></th>'
             + "".join(
                 f"<td>{number(r.get(key), digits) if r.get(key) is not None else '&ndash;'}</td>"
                 for key, _, digits in columns

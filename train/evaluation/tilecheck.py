@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from gendr import color
+from gendr.tiles import Grid, seam_score
 from train.evaluation import judges, methods, metrics, testset
 from train.evaluation.measure import Progress, Run
 
@@ -83,5 +84,8 @@ def compare_one(
             a, b = (metrics.as_tensor(r.pixels) for r in (result, first))
             row["psnr_to_first"] = metrics.psnr(result.pixels, first.pixels)
             row["delta_e_to_first"] = float(color.delta_e(a, b).mean())
+            if result.grid:
+                # The largest tile's result has no border there: what it scores is in the picture.
+                row["seam_of_first"] = seam_score(b, Grid(**result.grid))
         rows.append(row)
     return rows
