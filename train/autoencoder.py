@@ -93,25 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         "cosine", optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps
     )
     average = Average(vae, args.ema)
-    first = 0
-    if state := run.load():
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        average.load_state_dict(state["average"])
-        first = state["step"]
-
-    def save(step: int) -> None:
-        run.save(
-            {
-                "step": step,
-                "vae": vae.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "average": average.state_dict(),
-            }
-        )
-
+    parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule, "average": average}
+    first = run.load_parts(**parts)
     check = pairs.batch(step_generator(args.seed, -1), 32, args.crop)["hr"].to(device)
     step = first
     for step in steps_from(first, args.steps, run):
@@ -136,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
                 value, spread = psnr(vae.decode(z), check), float(z.std())
             run.log(step, psnr=value, latent_std=spread)
             run.progress(step, args.steps, first, args.batch, f"psnr {value:.2f} dB")
-            save(step)
-    save(step)
+            run.save_parts(step, **parts)
+    run.save_parts(step, **parts)
     with average.swapped():
         temporary = Path(args.out) / "vae.safetensors.part"
         tensors = {k: v.detach().float().contiguous().cpu() for k, v in vae.state_dict().items()}

@@ -153,24 +153,16 @@ def main(argv: list[str] | None = None) -> None:
         "cosine", optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps
     )
     average = Average(network, args.ema)
-    first = 0
-    if state := run.load():
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        average.load_state_dict(state["average"])
-        first = state["step"]
+    state = {
+        "network": network,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "average": average,
+    }
+    first = run.load_parts(**state)
 
     def save(step: int) -> None:
-        run.save(
-            {
-                "step": step,
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "average": average.state_dict(),
-            }
-        )
+        run.save_parts(step, **state)
         with average.swapped():
             temporary = run.folder / "network.safetensors.part"
             tensors = {k: v.detach().float().cpu() for k, v in network.state_dict().items()}

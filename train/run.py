@@ -83,6 +83,19 @@ class Run:
             os.fsync(file.fileno())
         os.replace(temporary, self.state_path)
 
+    def save_parts(self, step: int, **parts: Any) -> None:
+        """Save the states of everything that has a `state_dict`, by name."""
+        self.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}})
+
+    def load_parts(self, **parts: Any) -> int:
+        """Put back what `save_parts` saved; the step it was saved at, 0 in a new folder."""
+        state = self.load()
+        if state is None:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
+
     def log(self, step: int, **values: float) -> None:
         """Append one JSON line."""
         self.log_file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}))
@@ -107,7 +120,7 @@ class Run:
                 f"diverged: the loss was {value:g} against an average of {self.average} for "
                 f"{self.bad} steps; lower the learning rate or resume from an older state"
             )
-        if finite:
+        if not diverged:
             self.average = value if self.average is None else 0.99 * self.average + 0.01 * value
         return finite
 

@@ -1,0 +1,153 @@
+"""Training of the small model: start, exact resume, export straight into the loader."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import gendr
+from gendr.schedule import alpha_bar, beta_bar
+from gendr.vae import TINY_VAE, VAE
+from train import autoencoder, layers, restorer
+from train.pixels import pixel_loss, psnr
+from train.run import DIVERGED_STEPS, Run, TrainingError
+from train.shards import Pairs
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Eight smooth crops with reduced copies, as `train.pairs` writes them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    rough = torch.from_numpy(rng.random((8, 3, 12, 12)).astype(np.float32))
+    hr = nn.functional.interpolate(rough, size=(64, 64), mode="bicubic").clamp(0, 1)
+    lr = nn.functional.avg_pool2d(hr, 4)
+    for part, picture in (("hr", hr), ("lr", lr), ("teacher", hr)):
+        array = (picture * 255).byte().permute(0, 2, 3, 1).numpy()
+        np.save(folder / f"pairs-00000.{part}.npy", array)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_autoencoder(pairs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "autoencoder"
+    autoencoder.main(words(pairs, out, steps=1))
+    return out
+
+
+def words(pairs, out, *, steps: int, **more) -> list[str]:
+    options = {"data": pairs, "out": out, "steps": steps, "batch": 1, "crop": 64, **more}
+    options = {"warmup": 1, "save-every": 2, "device": "cpu", **options}
+    return [str(w) for k, v in options.items() for w in (f"--{k}", v)]
+
+
+def states(folder) -> dict[str, torch.Tensor]:
+    found = torch.load(folder / "state.pt", weights_only=True)
+    return found["network"] | {"step": torch.tensor(found["step"])}
+
+
+def test_resume_equals_uninterrupted(pairs, trained_autoencoder, tmp_path, monkeypatch):
+    options = {"steps": 3, "autoencoder": trained_autoencoder}
+    restorer.main(words(pairs, tmp_path / "whole", **options))
+    real = restorer.steps_from
+    with monkeypatch.context() as patch:
+        patch.setattr(restorer, "steps_from", lambda first, last, run: real(first, 2, run))
+        restorer.main(words(pairs, tmp_path / "parts", **options))
+    # What a kill in the middle of writing leaves behind must not matter.
+    (tmp_path / "parts" / "state.pt.part").write_bytes(b"cut")
+    restorer.main(words(pairs, tmp_path / "parts", **options))
+    whole, parts = states(tmp_path / "whole"), states(tmp_path / "parts")
+    assert int(whole["step"]) == int(parts["step"]) == 3
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    model = gendr.load(tmp_path / "whole" / "model.safetensors", device="cpu")
+    assert model.restore(torch.rand(1, 3, 16, 16), 4).shape == (1, 3, 64, 64)
+    assert model.header["training_step"] == 3
+    lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert any("psnr_to_teacher" in json.loads(line) for line in lines)
+
+    with pytest.raises(TrainingError, match="another teacher_share"):
+        restorer.main(words(pairs, tmp_path / "whole", **options, **{"teacher-share": 0.1}))
+
+
+def test_autoencoder_starts_from_principal_components(pairs, trained_autoencoder):
+    vae = VAE(TINY_VAE)
+    vae.load_state_dict(load_file(trained_autoencoder / "vae.safetensors"))
+    vae.requires_grad_(False)
+    x = Pairs(pairs).batch(torch.Generator().manual_seed(0), 8, 64)["hr"]
+    z = vae.encode(x)
+    assert 0.5 < float(z.std()) < 2
+    # No linear map to 16 values can be better than the best one for these very patches.
+    patches = nn.functional.unfold(x, 8, stride=8).transpose(1, 2).reshape(-1, 192)
+    mean = patches.mean(0)
+    u, s, v = torch.linalg.svd(patches - mean, full_matrices=False)
+    best = psnr((u[:, :16] * s[:16]) @ v[:16] + mean, patches)
+    assert best - 0.5 < psnr(vae.decode(z), x) < best + 0.1
+
+
+def test_a_silent_network_gives_its_latent_back():
+    config = restorer.tiny_config()
+    skip, _ = config.coefficients
+    assert skip == pytest.approx(1, abs=1e-12)
+    assert config.alpha == pytest.approx(1 / (1 + float(beta_bar(500))))
+    assert float(alpha_bar(500)) == pytest.approx(0.52567, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_quick_weight_gradient_is_the_library_s(kernel, stride):
+    torch.manual_seed(0)
+    mine = layers.Conv2d(6, 10, kernel, stride=stride, padding=kernel // 2).bfloat16()
+    theirs = nn.Conv2d(6, 10, kernel, stride=stride, padding=kernel // 2).bfloat16()
+    theirs.load_state_dict(mine.state_dict())
+    x = torch.randn(2, 6, 12, 12).bfloat16()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [conv(i) for conv, i in zip((mine, theirs), inputs, strict=True)]
+    assert "_Convolution" in type(outputs[0].grad_fn).__name__
+    grad = torch.randn_like(outputs[0])
+    for y in outputs:
+        y.backward(grad)
+    pairs = [
+        (mine.weight.grad, theirs.weight.grad),
+        (mine.bias.grad, theirs.bias.grad),
+        (inputs[0].grad, inputs[1].grad),
+    ]
+    for a, b in pairs:
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < 0.01
+
+
+def test_crops_of_a_pair_belong_together(pairs):
+    reader = Pairs(pairs, ("hr", "lr", "teacher"))
+    batch = reader.batch(torch.Generator().manual_seed(1), 4, 32)
+    assert torch.equal(batch["hr"], batch["teacher"])
+    assert batch["lr"].shape == (4, 3, 8, 8)
+    assert psnr(nn.functional.avg_pool2d(batch["hr"], 4), batch["lr"]) > 35
+    again = reader.batch(torch.Generator().manual_seed(1), 4, 32)
+    assert torch.equal(batch["hr"], again["hr"])
+    with pytest.raises(ValueError, match="multiple of 4"):
+        reader.batch(torch.Generator(), 1, 30)
+    with pytest.raises(FileNotFoundError, match=r"train\.pairs"):
+        Pairs(pairs.parent)
+
+
+def test_pixel_loss_sees_edges():
+    x = torch.zeros(1, 3, 8, 8)
+    assert float(pixel_loss(x + 0.1, x, gradient=1.0)) == pytest.approx(0.1, abs=1e-6)
+    step = x.clone()
+    step[..., 4:] = 1
+    assert float(pixel_loss(step, x, gradient=1.0)) > float(pixel_loss(step, x, gradient=0.0))
+
+
+def test_divergence_stops_with_its_reason(tmp_path):
+    run = Run(tmp_path, {})
+    assert run.accept(torch.tensor(1.0))
+    assert not run.accept(torch.tensor(float("nan")))
+    assert run.skipped == 1
+    for _ in range(DIVERGED_STEPS - 2):
+        run.accept(torch.tensor(1e9))
+    with pytest.raises(TrainingError, match="diverged"):
+        run.accept(torch.tensor(1e9))
