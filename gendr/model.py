@@ -17,7 +17,7 @@ from .plan import Plan
 from .report import OnProgress, Report
 from .restoration import Restoration
 from .settings import Settings
-from .tiles import fit_grid, seam_score
+from .tiles import seam_score
 
 
 class GenDR:
@@ -137,10 +137,8 @@ class GenDR:
                 result[index : index + 1] = run.picture(one, index)
                 report.delta_e += run.delta_e / batch
                 report.lr_psnr += run.lr_psnr / batch
-            if planned.mode == "tiles":
-                grid = fit_grid(
-                    *planned.padded_size, planned.target, planned.overlap, self.multiple
-                )
+            if planned.tiles > 1 and not chosen.seamless:
+                grid = plan.pixel_grid(self.network.config, planned)
                 report.seam_score = seam_score(result[:, : min(3, channels)], grid)
         report.seconds = time.perf_counter() - started
         report.peak_bytes = devices.peak_bytes(place)

@@ -230,3 +230,21 @@ def latent_grid(config: StepConfig, padded: tuple[int, int], target: int, overla
         math.ceil(overlap / f),
         config.unet.multiple,
     )
+
+
+def pixel_grid(config: StepConfig, plan: Plan) -> Grid:
+    """The grid of a plan in pixels of the padded output, whatever was tiled."""
+    if plan.mode != "strips":
+        return fit_grid(*plan.padded_size, plan.target, plan.overlap, config.multiple)
+    f = config.vae.factor
+    grid = latent_grid(config, plan.padded_size, plan.target, plan.overlap)
+    return Grid(
+        height=f * grid.height,
+        width=f * grid.width,
+        tile_height=f * grid.tile_height,
+        tile_width=f * grid.tile_width,
+        overlap=f * grid.overlap,
+        tops=tuple(f * top for top in grid.tops),
+        lefts=tuple(f * left for left in grid.lefts),
+        wrap=False,
+    )

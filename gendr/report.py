@@ -37,7 +37,8 @@ class Report:
 
     delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
     size, and the input; means over the pictures.
-    seam_score: gradient at tile borders / beside them, 1 = nothing to see; None without tiles.
+    seam_score: gradient at tile borders / beside them, 1 = nothing to see; None without tiles,
+    and for seamless pictures, whose grid lies elsewhere.
     events: what had to be changed on the way, such as smaller tiles after running out of memory.
     """
 
