@@ -14,6 +14,7 @@ import gendr
 from gendr.schedule import alpha_bar, beta_bar
 from gendr.vae import TINY_VAE, VAE
 from train import autoencoder, layers, restorer
+from train.adversary import Discriminator, balance, discriminator_loss, generator_loss
 from train.pixels import pixel_loss, psnr
 from train.run import DIVERGED_STEPS, Run, TrainingError
 from train.shards import Pairs
@@ -151,3 +152,36 @@ def test_divergence_stops_with_its_reason(tmp_path):
         run.accept(torch.tensor(1e9))
     with pytest.raises(TrainingError, match="diverged"):
         run.accept(torch.tensor(1e9))
+
+
+def test_adversary_pulls_towards_the_target():
+    zero = torch.zeros(2, 1, 4, 4)
+    assert float(discriminator_loss(zero, zero)) == 1
+    assert float(discriminator_loss(zero + 2, zero - 2)) == 0
+    logits = zero.clone().requires_grad_()
+    generator_loss(logits).backward()
+    assert bool((logits.grad < 0).all())
+
+
+def test_balanced_losses_pull_equally_hard():
+    torch.manual_seed(0)
+    weight = torch.randn(5, requires_grad=True)
+    a, b = (weight * torch.randn(5)).sum(), 100 * (weight * torch.randn(5)).sum()
+    factor = balance(a, b, weight)
+    pulls = [torch.autograd.grad(x, weight, retain_graph=True)[0].norm() for x in (a, factor * b)]
+    assert float(pulls[0]) == pytest.approx(float(pulls[1]), rel=1e-4)
+
+
+def test_discriminator_learns_to_tell_blur_from_edges():
+    torch.manual_seed(0)
+    judge = Discriminator(8)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3, betas=(0.5, 0.99))
+    for _ in range(60):
+        sharp = (torch.rand(4, 3, 8, 8) > 0.5).float().repeat_interleave(4, 2)
+        sharp = sharp.repeat_interleave(4, 3) * 2 - 1
+        soft = nn.functional.avg_pool2d(sharp, 5, 1, 2)
+        loss = discriminator_loss(judge(sharp, soft), judge(soft, soft))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.5

@@ -30,6 +30,7 @@ from gendr.schedule import beta_bar
 from gendr.unet import TINY_UNET, UNet
 from gendr.vae import TINY_VAE, VAE
 from train import layers
+from train.adversary import Discriminator, balance, discriminator_loss, generator_loss
 from train.pixels import pixel_loss, psnr
 from train.run import Average, Run, step_generator, steps_from
 from train.shards import Pairs
@@ -118,6 +119,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--gradient", type=float, default=0.5, help="weight of the edge term")
     parser.add_argument("--autoencode", type=float, default=0.25, help="share of the batch")
+    parser.add_argument(
+        "--adversarial",
+        type=float,
+        default=0.0,
+        help="pull of the discriminator relative to the regression, for the last stretch: 0.3",
+    )
+    parser.add_argument(
+        "--alone", type=int, default=100, help="steps that the discriminator learns alone first"
+    )
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
@@ -159,6 +169,10 @@ def main(argv: list[str] | None = None) -> None:
         "schedule": schedule,
         "average": average,
     }
+    discriminator = Discriminator().to(device) if args.adversarial else None
+    if discriminator is not None:
+        judge = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
+        state |= {"discriminator": discriminator, "judge": judge}
     first = run.load_parts(**state)
 
     def save(step: int) -> None:
@@ -207,6 +221,18 @@ def main(argv: list[str] | None = None) -> None:
         if args.teacher_share:
             term = pixel_loss(y, batch["teacher"], gradient=args.gradient)
             loss = loss + args.teacher_share * term
+        if discriminator is not None:
+            target = batch["teacher" if args.teacher_share else "hr"]
+            judge.zero_grad(set_to_none=True)
+            verdict = discriminator_loss(
+                discriminator(target, x), discriminator(y.detach().float(), x)
+            )
+            verdict.backward()
+            judge.step()
+            if step > args.alone:
+                fooled = generator_loss(discriminator(y.float(), x))
+                last = network.vae.decoder.conv_out.weight
+                loss = loss + args.adversarial * balance(loss, fooled, last) * fooled
         if share:
             loss = loss + args.autoencode * pixel_loss(y_plain, plain, gradient=args.gradient)
         optimizer.zero_grad(set_to_none=True)
@@ -219,7 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         if step % 25 == 0:
             with torch.no_grad():
                 spread = float(y.detach().float().std())
-            run.log(step, loss=float(loss.detach()), gradient=float(norm), spread=spread)
+            extra = {} if discriminator is None else {"discriminator": float(verdict.detach())}
+            run.log(step, loss=float(loss.detach()), gradient=float(norm), spread=spread, **extra)
         if step % args.save_every == 0 or step == args.steps:
             run.progress(step, args.steps, first, args.batch, validate(step))
             save(step)
