@@ -23,6 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=WHY))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not os.environ.get("COMFYUI_PATH"):
+        terminalreporter.write_line(f"tests/host skipped: {WHY}")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rig.ComfyUI]:
     """ComfyUI with the pack, the probe nodes, an example picture and two models."""
