@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ METADATA = "gendr"
 EXTENSIONS = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = WEIGHTS / "gendr-tiny.safetensors"
+# torch writes terminal colours into its messages.
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # A model of unknown origin is run on tiles of SD2.1's own size.
 UNKNOWN_TILE = 512
 
@@ -214,7 +217,7 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except Exception as error:  # torch raises many kinds here, all meaning the same
         raise CheckpointError(
             f"{path.name} can't be read as plain tensors and is not executed: use a safetensors "
-            f"file ({str(error).splitlines()[0][:160]})"
+            f"file ({COLOURS.sub('', str(error)).splitlines()[0][:160]})"
         ) from error
     for key in ("params_ema", "ema", "params", "state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

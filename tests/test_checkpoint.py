@@ -135,8 +135,9 @@ def test_a_pickle_with_code_is_not_executed(tmp_path):
             return (open, (str(tmp_path / "executed"), "w"))
 
     torch.save({"state_dict": Bomb()}, tmp_path / "evil.ckpt")
-    with pytest.raises(CheckpointError, match="not executed"):
+    with pytest.raises(CheckpointError, match="not executed") as error:
         gendr.load(tmp_path / "evil.ckpt")
+    assert "\x1b" not in str(error.value)
     assert not (tmp_path / "executed").exists()
 
 
