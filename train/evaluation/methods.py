@@ -200,6 +200,7 @@ class Checkpoint:
         file = Path(path or checkpoint.EMBEDDED)
         header = checkpoint.describe(file)
         sha256 = file_sha256(file)
+        self._stamp = file, file.stat().st_mtime_ns
         chosen = {k: v for k, v in asdict(settings).items() if v is not None}
         self.facts = {
             "what": "GenDR checkpoint",
@@ -220,6 +221,9 @@ class Checkpoint:
     @property
     def model(self) -> gendr.GenDR:
         if self._model is None:
+            file, written = self._stamp
+            if not file.exists() or file.stat().st_mtime_ns != written:
+                raise NotLoaded(f"{file.name} was changed since the run began: start it again")
             try:
                 self._model = checkpoint.load(self.path, device=self.device, dtype=self.dtype)
             except ValueError as error:

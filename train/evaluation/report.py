@@ -40,7 +40,7 @@ def write(
     results = as_json(run, summaries, options)
     testset.write_json(run.out / "results.json", results)
     page = TEMPLATE.read_text(encoding="utf-8")
-    heading = title or (run.recipe.title if run.recipe else f"Evaluation of {run.methods[-1].name}")
+    heading = title or (run.recipe.title if run.recipe else f"Evaluation of {subject(run)}")
     parts = {
         "title": esc(heading),
         "facts": tables.facts_line(run, results),
@@ -58,6 +58,12 @@ def write(
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, run.out / "report.html")
     return tables.text_table(run, summaries)
+
+
+def subject(run: Run) -> str:
+    """What the report is about: the models that were run, else the last method."""
+    names = [m.name for m in run.methods if m.kept] or [run.methods[-1].name]
+    return testset.some(names, 3)
 
 
 def summaries_of(run: Run) -> dict[str, dict[str, Summary]]:

@@ -387,7 +387,8 @@ def text_table(run: Run, summaries: dict[str, dict[str, Summary]]) -> str:
     """The main numbers for a terminal."""
     width = max(len(m.label) for m in run.rows) + 4
     names = [m.name for m in run.methods]
-    lines = [" " * width + " ".join(f"{name[:18]:>18}" for name in names)]
+    wide = max(10, *(len(name) for name in names))
+    lines = [" " * width + "  ".join(f"{name:>{wide}}" for name in names)]
     missing: dict[str, list[str]] = {}
     for metric in run.rows:
         if metric.name in run.missing:
@@ -398,6 +399,6 @@ def text_table(run: Run, summaries: dict[str, dict[str, Summary]]) -> str:
             number(centre(found[n], metric), metric.digits) if n in found else "n/a" for n in names
         )
         head = f"{metric.label} {ARROWS[metric.better]}".ljust(width)
-        lines.append(head + " ".join(f"{cell:>18}" for cell in cells))
+        lines.append(head + "  ".join(f"{cell:>{wide}}" for cell in cells))
     lines += [f"n/a: {', '.join(labels)}: {reason}" for reason, labels in missing.items()]
     return "\n".join(lines)
