@@ -38,7 +38,11 @@ def make(*, awake=True, recompute=False, dtype=torch.float64, prediction="epsilo
     with torch.random.fork_rng():
         torch.manual_seed(6)
         found = Scores(
-            base(dtype), rank=RANK, alpha=2 * RANK, recompute=recompute, prediction=prediction
+            base(dtype).requires_grad_(),
+            rank=RANK,
+            alpha=2 * RANK,
+            recompute=recompute,
+            prediction=prediction,
         )
         if awake:
             for name in ADAPTERS:

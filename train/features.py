@@ -82,13 +82,12 @@ class DinoV2(nn.Module):
         h, w = x.shape[-2:]
         if h % CELL or w % CELL:
             raise ValueError(f"sides must be multiples of {CELL} pixels for REPA, not {h}x{w}")
-        grid = (h // CELL) * (w // CELL)
         mean, std = (x.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
         x = ((x.float() + 1) / 2 - mean) / std
         x = F.interpolate(x, (h // CELL * PATCH, w // CELL * PATCH), mode="bicubic")
         out = self.model(x.to(next(self.model.parameters()).dtype)).last_hidden_state
         # The class token, and registers where there are any, stand in front.
-        return out[:, -grid:]
+        return out[:, 1 + getattr(self.model.config, "num_register_tokens", 0) :]
 
 
 class Projector(nn.Sequential):
