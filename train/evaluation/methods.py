@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 
 import gendr
 from gendr import checkpoint, pictures
-from gendr.plan import latent_grid
-from gendr.tiles import Grid, fit_grid, seam_score
+from gendr.plan import pixel_grid
+from gendr.tiles import Grid
 from train.evaluation.metrics import as_tensor
 
 EMBEDDED = "embedded"
@@ -254,11 +254,9 @@ class Checkpoint:
             notes=list(report.events),
         )
         if result.seam is None and result.tiles > 1:
-            result.no_seam = "tiled, but the plan can't be told afterwards"
+            result.no_seam = "a seamless picture: its grid lies elsewhere"
         if grid := tile_grid(model, gendr.Settings(**settings), report):
             result.grid = asdict(grid)
-            # Reported where whole tiles are blended; measured here where the UNet alone had tiles.
-            result.seam = result.seam or seam_score(as_tensor(result.pixels), grid)
         return result
 
     def close(self) -> None:
@@ -275,15 +273,7 @@ def tile_grid(model: gendr.GenDR, settings: gendr.Settings, report: gendr.Report
     planned = model.plan(*report.input_size, settings)
     if report.tiles == 1 or (planned.mode, planned.tile) != (report.mode, report.tile):
         return None
-    if planned.mode == "tiles":
-        return fit_grid(*planned.padded_size, planned.target, planned.overlap, model.multiple)
-    config = model.network.config
-    grid = latent_grid(config, planned.padded_size, planned.target, planned.overlap)
-    factor = config.vae.factor
-    names = ("height", "width", "tile_height", "tile_width", "overlap")
-    larger = {name: getattr(grid, name) * factor for name in names}
-    starts = {name: tuple(p * factor for p in getattr(grid, name)) for name in ("tops", "lefts")}
-    return replace(grid, **larger, **starts)
+    return pixel_grid(model.network.config, planned)
 
 
 class Spandrel:
