@@ -186,7 +186,8 @@ def test_text_encoder_makes_the_prompt():
 
 
 def test_memory_of_the_process_is_seen():
+    # Above 32 MB an allocator asks the system anew; below it may hand out what it has kept.
     with memory.Watch(torch.device("cpu")) as watch:
-        kept = torch.ones(8 * 2**20)
+        kept = torch.ones(32 * 2**20)
     if watch.before:
         assert watch.bytes - watch.before >= 0.9 * kept.numel() * 4

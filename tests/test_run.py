@@ -203,7 +203,9 @@ def test_commands_and_packages_are_those_of_the_project(run):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
     def extra(name):
-        return set(ast.literal_eval(re.search(rf"^{name} = (\[.*\])$", text, re.M)[1]))
+        listed = ast.literal_eval(re.search(rf"^{name} = (\[.*\])$", text, re.M)[1])
+        # What only some Pythons need comes along with the packages of the tests.
+        return {item for item in listed if ";" not in item}
 
     listed = (ROOT / "dependencies.txt").read_text(encoding="utf-8").splitlines()
     assert {name for name in listed if name[:1].isalpha()} == set(run.PACKAGES["gendr"])
