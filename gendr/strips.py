@@ -95,7 +95,7 @@ class Strips:
             start = (top * ratio - first) // ratio
             part = part[..., start : start + bottom - top, :]
             if out is None:
-                out = part.new_empty(1, part.shape[1], total, part.shape[-1])
+                out = room(part, part.shape[1], total, part.shape[-1])
             out[..., top:bottom, :] = part
         assert out is not None
         return out
@@ -123,7 +123,7 @@ class Strips:
         h = self.norm_silu_conv(x, block.norm1, block.conv1)
         norm = self.normaliser(h, block.norm2)
         same = block.conv_shortcut is None
-        out = x if same else x.new_empty(1, h.shape[1], *h.shape[-2:])
+        out = x if same else room(h, *h.shape[1:])
         step = self.strip_rows(h)
         for top in range(0, h.shape[-2], step):
             self.check()
@@ -165,7 +165,7 @@ class Strips:
 
     def downsample(self, x: Tensor, block: Downsample) -> Tensor:
         total = x.shape[-2] // 2
-        out = x.new_empty(1, x.shape[1], total, x.shape[-1] // 2)
+        out = room(x, x.shape[1], total, x.shape[-1] // 2)
         step = max(1, self.strip_rows(x) // 2)
         for top in range(0, total, step):
             self.check()
@@ -176,7 +176,7 @@ class Strips:
         return out
 
     def upsample(self, x: Tensor, block: Upsample) -> Tensor:
-        out = x.new_empty(1, x.shape[1], 2 * x.shape[-2], 2 * x.shape[-1])
+        out = room(x, x.shape[1], 2 * x.shape[-2], 2 * x.shape[-1])
         step = max(1, self.strip_rows(x) // 4)
         for top in range(0, x.shape[-2], step):
             self.check()
@@ -186,6 +186,13 @@ class Strips:
             start = 2 * (top - first)
             out[..., 2 * top : 2 * bottom, :] = part[..., start : start + 2 * (bottom - top), :]
         return out
+
+
+def room(like: Tensor, c: int, h: int, w: int) -> Tensor:
+    """An empty 1 c h w in the memory order of `like`: a change of order costs as much as a layer."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and like.shape[1] > 1
+    order = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((1, c, h, w), dtype=like.dtype, device=like.device, memory_format=order)
 
 
 def _unshuffle(x: Tensor, patch: int) -> Tensor:
