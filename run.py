@@ -46,7 +46,7 @@ ME = "python run.py" if WINDOWS else "python3 run.py"
 
 PACKAGES = {
     "gendr": ("torch", "einops", "safetensors", "numpy", "pillow"),
-    "test": ("pytest", "ruff", "accelerate", "diffusers", "peft", "transformers"),
+    "test": ("pytest", "ruff", "accelerate", "diffusers", "peft", "tensorboardX", "transformers"),
 }
 COMMANDS = ("upscale", "info", "doctor", "fold", "compare")
 TORCH_INDEXES = "https://download.pytorch.org/whl/"

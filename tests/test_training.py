@@ -55,9 +55,11 @@ def states(folder) -> dict[str, torch.Tensor]:
 def test_resume_equals_uninterrupted(pairs, trained_autoencoder, tmp_path, monkeypatch):
     options = {"steps": 3, "autoencoder": trained_autoencoder}
     restorer.main(words(pairs, tmp_path / "whole", **options))
-    real = restorer.steps_from
+    real = Run.steps
     with monkeypatch.context() as patch:
-        patch.setattr(restorer, "steps_from", lambda first, last, run: real(first, 2, run))
+        patch.setattr(
+            Run, "steps", lambda run, first, last, images: real(run, first, 2, images=images)
+        )
         restorer.main(words(pairs, tmp_path / "parts", **options))
     # What a kill in the middle of writing leaves behind must not matter.
     (tmp_path / "parts" / "state.pt.part").write_bytes(b"cut")

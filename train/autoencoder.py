@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gendr.vae import TINY_VAE, VAE
 from train import layers
 from train.pixels import pixel_loss, psnr
-from train.run import Average, Run, step_generator, steps_from
+from train.run import Average, Run, step_generator
 from train.shards import Pairs
 
 GRADIENT, LATENT = 0.25, 1e-4
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     first = run.load_parts(**parts)
     check = pairs.batch(step_generator(args.seed, -1), 32, args.crop)["hr"].to(device)
     step = first
-    for step in steps_from(first, args.steps, run):
+    for step in run.steps(first, args.steps, images=args.batch):
         generator = step_generator(args.seed, step)
         x = pairs.batch(generator, args.batch, args.crop)["hr"].to(device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
                 z = vae.encode(check)
                 value, spread = psnr(vae.decode(z), check), float(z.std())
             run.log(step, psnr=value, latent_std=spread)
-            run.progress(step, args.steps, first, args.batch, f"psnr {value:.2f} dB")
+            run.say(f"step {step}: psnr {value:.2f} dB")
             run.save_parts(step, **parts)
     run.save_parts(step, **parts)
     with average.swapped():

@@ -112,15 +112,18 @@ def inner(x: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
 
 
 def timesteps(
-    count: int, generator: torch.Generator, *, device: torch.device | str = "cpu"
+    count: int,
+    generator: torch.Generator,
+    *,
+    first: int = FIRST_STEP,
+    last: int = LAST_STEP,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Timesteps t ~ U{20, ..., 979}, both ends included: count, on `device`.
+    """Timesteps t ~ U{first, ..., last}, both ends included: count, on `device`.
 
     Drawn where the generator lives, so that a run on another device sees the same ones.
     """
-    t = torch.randint(
-        FIRST_STEP, LAST_STEP + 1, (count,), generator=generator, device=generator.device
-    )
+    t = torch.randint(first, last + 1, (count,), generator=generator, device=generator.device)
     return t.to(device)
 
 

@@ -32,7 +32,7 @@ from gendr.vae import TINY_VAE, VAE
 from train import layers
 from train.adversary import Discriminator, balance, discriminator_loss, generator_loss
 from train.pixels import pixel_loss, psnr
-from train.run import Average, Run, step_generator, steps_from
+from train.run import Average, Run, step_generator
 from train.shards import Pairs
 
 # Tiles of the exported model, pixels. Larger than the crops it is trained on: the autoencoder has
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         return "  ".join(f"{k} {v:.2f}" for k, v in values.items())
 
     step = first
-    for step in steps_from(first, args.steps, run):
+    for step in run.steps(first, args.steps, images=args.batch):
         generator = step_generator(args.seed, step)
         batch = {k: v.to(device) for k, v in pairs.batch(generator, args.batch, args.crop).items()}
         x = enlarge(batch["lr"], pairs.scale)
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             extra = {} if discriminator is None else {"discriminator": float(verdict.detach())}
             run.log(step, loss=float(loss.detach()), gradient=float(norm), spread=spread, **extra)
         if step % args.save_every == 0 or step == args.steps:
-            run.progress(step, args.steps, first, args.batch, validate(step))
+            run.say(f"step {step}: {validate(step)}")
             save(step)
     save(step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from tensorboardX import SummaryWriter
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # A loss this many times its slow average, for this many steps, is a run that will not come back.
 DIVERGED_FACTOR, DIVERGED_STEPS = 5.0, 200
@@ -31,19 +34,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Run:
-    """A folder with `config.json`, `log.jsonl` and `state.pt`; the same command again resumes it.
+    """A folder with `config.json`, `log.jsonl`, `tensorboard/` and `state.pt`; the same command
+    again resumes it.
 
     The state is written to a temporary file and renamed, so a kill at any moment leaves the last
-    complete one. A folder of another configuration is refused, never overwritten.
+    complete one. A folder of another configuration is refused, never overwritten. Of several
+    processes only the one with `writes` touches the folder; all of them may read the state.
     """
 
-    def __init__(self, folder: Path | str, config: dict[str, Any], *, free: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: Path | str,
+        config: dict[str, Any],
+        *,
+        free: tuple[str, ...] = (),
+        writes: bool = True,
+    ):
         """free: names of settings that may change on resuming (where data lies, how often to log)."""
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.writes = Path(folder), writes
         self.state_path = self.folder / "state.pt"
-        path = self.folder / "config.json"
+        self.average: float | None = None
+        self.bad = self.skipped = 0
+        self.stop = False
+        self.bar: tqdm | None = None
         config = json.loads(json.dumps(config))
+        path = self.folder / "config.json"
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
             changed = [k for k in sorted({*old, *config} - {*free}) if old.get(k) != config.get(k)]
@@ -52,12 +67,11 @@ class Run:
                     f"{self.folder} holds a run with another {', '.join(changed)}: give another "
                     "--out, or the run's own settings to resume it"
                 )
-        write_json(path, config)
-        self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-        self.average: float | None = None
-        self.bad = self.skipped = 0
-        self.started = time.monotonic()
-        self.stop = False
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, config)
+            self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def catch_signals(self) -> None:
         """Let Ctrl-C and a polite kill finish the step in hand and save."""
@@ -76,6 +90,8 @@ class Run:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state atomically."""
+        if not self.writes:
+            return
         temporary = self.state_path.with_name("state.pt.part")
         with temporary.open("wb") as file:
             torch.save(state, file)
@@ -85,7 +101,11 @@ class Run:
 
     def save_parts(self, step: int, **parts: Any) -> None:
         """Save the states of everything that has a `state_dict`, by name."""
-        self.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}})
+        if not self.writes:
+            return
+        watch = {"average": self.average, "bad": self.bad, "skipped": self.skipped}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        self.save({"step": step, "watch": watch, **states})
 
     def load_parts(self, **parts: Any) -> int:
         """Put back what `save_parts` saved; the step it was saved at, 0 in a new folder."""
@@ -94,21 +114,27 @@ class Run:
             return 0
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        for name, value in state.get("watch", {}).items():
+            setattr(self, name, value)
         return state["step"]
 
     def log(self, step: int, **values: float) -> None:
-        """Append one JSON line."""
+        """Append one JSON line, and the same values to TensorBoard."""
+        if not self.writes:
+            return
         self.log_file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}))
         self.log_file.write("\n")
         self.log_file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
 
-    def accept(self, loss: Tensor) -> bool:
+    def accept(self, loss: Tensor | float) -> bool:
         """Whether a step with this loss may be taken; counts the others.
 
         Raises TrainingError when the run has diverged.
         """
-        value = float(loss.detach())
-        finite = value == value and abs(value) != float("inf")
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        finite = math.isfinite(value)
         if not finite:
             self.skipped += 1
         diverged = not finite or (
@@ -124,26 +150,50 @@ class Run:
             self.average = value if self.average is None else 0.99 * self.average + 0.01 * value
         return finite
 
-    def progress(self, step: int, steps: int, first: int, images: int, text: str) -> None:
-        """One line with speed and time left."""
-        seconds = max(time.monotonic() - self.started, 1e-6)
-        rate = (step - first) / seconds
-        left = (steps - step) / rate if rate else float("inf")
-        line = (
-            f"step {step}/{steps}  {text}  {rate * images:.1f} images/s  {left / 60:.1f} min left"
+    def steps(self, first: int, last: int, *, images: int) -> Iterator[int]:
+        """Step numbers first+1..last behind a progress bar of images; a signal ends them early."""
+        self.bar = tqdm(
+            total=last * images,
+            initial=first * images,
+            unit=" images",
+            disable=not self.writes,
+            mininterval=0.5 if sys.stderr.isatty() else 60,
         )
-        print(line, file=sys.stderr, flush=True)
+        try:
+            for step in range(first + 1, last + 1):
+                yield step
+                self.bar.update(images)
+                if self.stop:
+                    return
+        finally:
+            self.bar.close()
+            self.bar = None
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.writes:
+            tqdm.write(text, file=sys.stderr)
 
 
 class Average:
-    """Exponential moving average of a module's trained parameters, with warm-up (diffusers)."""
+    """Exponential moving average of a module's trained parameters, with warm-up (diffusers).
 
-    def __init__(self, module: nn.Module, decay: float):
+    device: where it lies, if not beside the parameters; a CPU's memory is the larger one.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, *, device: str | None = None):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.ema = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
+        self.device = device
+        if device:
+            self.ema.to(device=device)
 
     def update(self) -> None:
-        self.ema.step(self.parameters)
+        if not self.device:
+            self.ema.step(self.parameters)
+            return
+        # diffusers copies what takes no gradient instead of averaging it.
+        self.ema.step([p.detach().to(self.device).requires_grad_() for p in self.parameters])
 
     def swapped(self) -> _Swapped:
         """Context in which the module holds the averaged weights."""
@@ -171,11 +221,3 @@ class _Swapped:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """Randomness of one step, the same however the run got there."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
-
-
-def steps_from(first: int, last: int, run: Run) -> Iterator[int]:
-    """Step numbers first+1..last, ending early when a signal asked for it."""
-    for step in range(first + 1, last + 1):
-        yield step
-        if run.stop:
-            return

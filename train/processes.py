@@ -1,0 +1,77 @@
+"""One process or several, started by `accelerate launch`: who is who, and gradients in common.
+
+Networks are not wrapped: a script trains three of them in one iteration, on one shared base, and
+sums its own micro-batches. Each process takes its gradients, then `average` makes them those of the
+whole batch, so that several processes take the very step that one would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+# Gradients travel together in pieces of this many numbers; one by one they'd wait for each other.
+BUCKET = 32 * 2**20
+
+
+class Processes:
+    """This process among `count`."""
+
+    def __init__(self, device: str = "auto"):
+        """device: "auto" = the process's own card, or the CPU."""
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.device = self.accelerator.device if device in ("auto", "cpu") else torch.device(device)
+        self.index = self.accelerator.process_index
+        self.count = self.accelerator.num_processes
+        self.first = self.accelerator.is_main_process
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def same(self, *modules: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers."""
+        if self.count > 1:
+            for module in modules:
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.copy_(broadcast(tensor.detach().contiguous()))
+
+    @torch.no_grad()
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace gradients by their mean over the processes; a missing one counts as zero."""
+        if self.count == 1:
+            return
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if bucket and (size + p.numel() > BUCKET or p.dtype != bucket[0].dtype):
+                self._average(bucket)
+                bucket, size = [], 0
+            bucket.append(p)
+            size += p.numel()
+        if bucket:
+            self._average(bucket)
+
+    def _average(self, bucket: list[nn.Parameter]) -> None:
+        flat = torch.cat([p.grad.flatten() for p in bucket])
+        flat = self.accelerator.reduce(flat, reduction="mean")
+        for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            p.grad.copy_(part.view_as(p))
+
+    @torch.no_grad()
+    def mean(self, values: dict[str, Tensor | float]) -> dict[str, float]:
+        """Numbers averaged over the processes."""
+        if not values:
+            return {}
+        names = sorted(values)
+        found = torch.stack([torch.as_tensor(values[n]).detach().float().cpu() for n in names])
+        if self.count > 1:
+            found = self.accelerator.reduce(found.to(self.device), reduction="mean").cpu()
+        return dict(zip(names, found.tolist(), strict=True))
