@@ -127,9 +127,11 @@ def test_recomputed_blocks_give_the_same_step():
     assert largest_difference(recomputed, plain) < 1e-10
 
 
-def test_the_generator_step_is_the_gradient_of_eq_11():
-    it, (s,) = make_iteration(), samples()
-    it.generator_step([s], 0)
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_generator_step_is_the_gradient_of_eq_11(step):
+    weights = Weights(lambda1=2.0, lambda1_late=0.7, late=1, lambda2=0.3, lambda3=0.2)
+    it, (s,) = make_iteration(Rules(weights=weights, kappa_real=3.0, kappa_fake=1.5)), samples()
+    it.generator_step([s], step)
     found = gradients(it)["generator"]
     # The same objective, through everything at once.
     it.generator.zero_grad()
@@ -138,13 +140,13 @@ def test_the_generator_step_is_the_gradient_of_eq_11():
     a, b = losses.levels(noise.t, z_g)
     z_t = a * z_g + b * noise.eps
     f_real, f_fake = (
-        it.scores.guided(z_t, noise.t, it.prompt, name, null=it.null, kappa=2.0)
-        for name in ("real", "fake")
+        it.scores.guided(z_t, noise.t, it.prompt, name, null=it.null, kappa=kappa)
+        for name, kappa in (("real", 3.0), ("fake", 1.5))
     )
     logits = it.heads(discriminator.features(it.scores, z_t, noise.t, it.prompt))
     objective = losses.objective(
-        Weights(),
-        0,
+        weights,
+        step,
         cid=losses.distillation(f_real, f_fake, z_g, s.z_h, Distillation()),
         adv=losses.adversarial(logits),
         repa=losses.alignment(tokens, s.features),
@@ -152,6 +154,20 @@ def test_the_generator_step_is_the_gradient_of_eq_11():
     )
     objective.backward()
     assert largest_difference({"g": found}, {"g": gradients(it)["generator"]}) < 1e-9
+
+
+def test_heads_see_both_latents_under_the_same_noise():
+    it, (s,) = make_iteration(), samples()
+    with torch.no_grad():
+        same = s._replace(z_h=it.generator(s.z_l)[0])
+    values = it.score_step([same])
+    assert values["logit_real"] == values["logit_fake"] != 0
+    other = it.score_step([s])
+    assert other["logit_real"] != other["logit_fake"] == values["logit_fake"]
+    # Without noise on request: then the noise's seed does not matter.
+    for clean, alike in ((True, True), (False, False)):
+        a, b = (make_iteration(Rules(clean_judge=clean), seed=n).score_step([s]) for n in (0, 1))
+        assert (a["logit_real"] == b["logit_real"]) == alike
 
 
 def test_21_every_phase_changes_only_its_own():

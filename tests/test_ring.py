@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,9 +31,7 @@ class Net(nn.Module):
         super().__init__()
         self.timed = timed
         sizes = [2 + 8 * timed, width, width, width]
-        layers = [
-            m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.SiLU())
-        ]
+        layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, z: Tensor, t: Tensor | None = None) -> Tensor:
@@ -92,8 +91,8 @@ def train(rule: Distillation | None, weights: Weights, steps: int) -> tuple[floa
         optimizer.zero_grad()
         losses.objective(weights, step, cid=cid, mse=mse).backward()
         nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - step / steps)
+        for one, rate in ((optimizer, 1e-3), (scores, 2e-3)):
+            one.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimizer.step()
     z_h, z_l = pairs(8192, g)
     with torch.no_grad():
