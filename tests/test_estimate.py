@@ -92,3 +92,4 @@ def test_a_table_has_straight_columns():
     text = estimate.table([("UNet", 865_979_856, "fp32"), ("VAE", 57, "")])
     assert text.splitlines() == ["UNet  865979856  fp32", "VAE          57"]
     assert estimate.gib(GIB / 4) == "0.25 GiB"
+    assert estimate.gib(GIB / 64) == "16.0 MiB"

@@ -110,8 +110,8 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def gib(count: float) -> str:
-    """Bytes in GiB, two digits behind the point."""
-    return f"{count / GIB:.2f} GiB"
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
 
 
 class _Watch:

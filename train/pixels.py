@@ -1,10 +1,15 @@
-"""Losses between pictures, used where a small network is trained in pixels."""
+"""Pictures as training sees them: the enlarged input, and losses where a network is trained in pixels."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def enlarge(lr: Tensor, scale: int) -> Tensor:
+    """What `restore` hands to the network: bicubic, b 3 h w -> b 3 sh sw, in [-1, 1]."""
+    return F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(-1, 1)
 
 
 def gradients(x: Tensor) -> tuple[Tensor, Tensor]:

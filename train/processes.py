@@ -71,7 +71,8 @@ class Processes:
         if not values:
             return {}
         names = sorted(values)
-        found = torch.stack([torch.as_tensor(values[n]).detach().float().cpu() for n in names])
+        found = [torch.as_tensor(values[n]).detach().float().to(self.device) for n in names]
+        found = torch.stack(found)
         if self.count > 1:
-            found = self.accelerator.reduce(found.to(self.device), reduction="mean").cpu()
+            found = self.accelerator.reduce(found, reduction="mean")
         return dict(zip(names, found.tolist(), strict=True))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,7 +30,7 @@ from gendr.unet import TINY_UNET, UNet
 from gendr.vae import TINY_VAE, VAE
 from train import layers
 from train.adversary import Discriminator, balance, discriminator_loss, generator_loss
-from train.pixels import pixel_loss, psnr
+from train.pixels import enlarge, pixel_loss, psnr
 from train.run import Average, Run, step_generator
 from train.shards import Pairs
 
@@ -68,11 +67,6 @@ def new_network(config: StepConfig, vae: dict[str, Tensor], seed: int) -> Unfold
     nn.init.zeros_(network.unet.conv_out.weight)
     nn.init.zeros_(network.unet.conv_out.bias)
     return network
-
-
-def enlarge(lr: Tensor, scale: int) -> Tensor:
-    """What `restore` hands to the network: bicubic, b 3 h w -> b 3 sh sw, in [-1, 1]."""
-    return F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(-1, 1)
 
 
 def export(path: Path, network: Unfolded, name: str, step: int) -> None:

@@ -55,7 +55,10 @@ class Run:
         self.state_path = self.folder / "state.pt"
         self.average: float | None = None
         self.bad = self.skipped = 0
-        self.stop = False
+        self.stop = self.asked = False
+        # Several processes must agree on the step after which they stop: a script sets this to
+        # False, makes `asked` common to all, and then sets `stop`.
+        self.alone = True
         self.bar: tqdm | None = None
         config = json.loads(json.dumps(config))
         path = self.folder / "config.json"
@@ -77,7 +80,8 @@ class Run:
         """Let Ctrl-C and a polite kill finish the step in hand and save."""
 
         def handler(*_: Any) -> None:
-            self.stop = True
+            self.asked = True
+            self.stop = self.stop or self.alone
 
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, handler)

@@ -8,7 +8,7 @@ what one process sees in one go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +20,21 @@ from train import losses
 from train.data import DataError, Degradation, Order, Pictures
 from train.shards import Pairs
 
+# First key, and epoch, of samples that are only looked at: no run gets there.
+FIXED = 2**40
+
 
 class Batch(NamedTuple):
-    """Pictures in [-1, 1]: hr b 3 s s, lr b 3 s/scale s/scale (None without), captions, keys."""
+    """Pictures in [-1, 1]: hr b 3 s s, lr b 3 s/scale s/scale (None without), captions, keys.
+
+    damage: steps that made each lr; empty for those without a damaged copy, and of ready pairs.
+    """
 
     hr: Tensor
     lr: Tensor | None
     captions: list[str]
     keys: list[int]
+    damage: list[str] | None = None
 
 
 class Draw(NamedTuple):
@@ -120,9 +127,24 @@ class Stream:
 
     def batches(self, start: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches of batch start, start + 1, ..., without an end."""
-        found = self._pairs(start) if self.pairs is not None else self._pictures(start)
+        if self.pairs is not None:
+            found = self._from_pairs(self._keys(start))
+        else:
+            found = self._from_pictures(start)
         while True:
             yield [next(found) for _ in range(self.accumulation)]
+
+    def fixed(self, count: int) -> Batch:
+        """Samples to look at while a run goes on, the same every time: crops that no step draws."""
+        keys = list(range(FIXED, FIXED + count))
+        if self.pairs is not None:
+            return next(self._from_pairs([keys]))
+        places = [n * len(self.pictures) // count for n in range(count)]
+        items = [self.pictures[FIXED, place] for place in places]
+        parts = {k: torch.stack([item[k] for item in items]) for k in ("hr", "lr") if k in items[0]}
+        captions = [item["caption"] for item in items]
+        damage = [item.get("damage", "") for item in items]
+        return Batch(scaled(parts["hr"]), scaled(parts.get("lr")), captions, keys, damage)
 
     def _keys(self, start: int) -> Iterator[list[int]]:
         at = start * self.batch + self.rank
@@ -130,15 +152,15 @@ class Stream:
             yield [at + n * self.world for n in range(self.micro)]
             at += self.micro * self.world
 
-    def _pairs(self, start: int) -> Iterator[Batch]:
-        for keys in self._keys(start):
+    def _from_pairs(self, keys_of_batches: Iterable[list[int]]) -> Iterator[Batch]:
+        for keys in keys_of_batches:
             items = [
                 self.pairs.batch(sample_generator(self.seed, key, 0), 1, self.crop) for key in keys
             ]
             hr, lr = (torch.cat([item[part] for item in items]) for part in ("hr", "lr"))
             yield Batch(hr, lr, [""] * len(keys), keys)
 
-    def _pictures(self, start: int) -> Iterator[Batch]:
+    def _from_pictures(self, start: int) -> Iterator[Batch]:
         order = Order(
             len(self.pictures),
             seed=self.seed,
@@ -146,12 +168,13 @@ class Stream:
             rank=self.rank,
             world=self.world,
         )
-        loader = DataLoader(
-            self.pictures, self.micro, sampler=order, num_workers=self.workers, pin_memory=False
-        )
+        loader = DataLoader(self.pictures, self.micro, sampler=order, num_workers=self.workers)
         for keys, item in zip(self._keys(start), self.pictures.watch(loader), strict=False):
-            hr, lr = (
-                None if item.get(part) is None else item[part].float().div(127.5).sub(1)
-                for part in ("hr", "lr")
-            )
-            yield Batch(hr, lr, list(item["caption"]), keys)
+            hr, lr = (scaled(item.get(part)) for part in ("hr", "lr"))
+            damage = list(item.get("damage", [""] * len(keys)))
+            yield Batch(hr, lr, list(item["caption"]), keys, damage)
+
+
+def scaled(pixels: Tensor | None) -> Tensor | None:
+    """0..255 -> [-1, 1]."""
+    return None if pixels is None else pixels.float().div(127.5).sub(1)
