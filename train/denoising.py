@@ -29,7 +29,7 @@ from train.stream import Batch, draw, sample_generator
 NOISE, POSTERIOR, ROLE, DROP = 1, 5, 6, 8
 FIRST, LAST = 0, schedule.STEPS - 1
 # Pixels that the autoencoder and DINOv2 see at a time; their maps are the largest of all.
-AT_A_TIME = 2**21
+AT_A_TIME = 2**20
 # Shares of refinement (section 2.5 of the method): damaged pictures, and pictures without a prompt;
 # the rest are clean ones with quality terms.
 DAMAGED, EMPTY = 0.1, 0.1

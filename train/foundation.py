@@ -87,7 +87,8 @@ class Foundation:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(s.seed + 1)
                 projector = Projector(unet.config.block_out_channels[0], encoder.width)
-            facts.append({"part": "encoder", "id": s.encoder})
+            name = Path(s.encoder).resolve().name if Path(s.encoder).exists() else s.encoder
+            facts.append({"part": "encoder", "id": name})
         if s.recompute:
             recompute_blocks(unet)
         denoiser = Denoiser(unet.train(), projector, dtype).to(device)

@@ -79,9 +79,11 @@ def folder_of(source: str, patterns: tuple[str, ...], revision: str | None = Non
 
 
 def facts_of(part: str, source: str, folder: Path, revision: str | None) -> dict[str, Any]:
-    """Provenance for the header: the commit where the hub's cache names it."""
+    """Provenance for the header: the commit where the hub's cache names it; no paths of a machine."""
+    local = Path(source).exists()
     commit = folder.name if folder.parent.name == "snapshots" else revision
-    return {"part": part, "id": source, "revision": commit, "licence": LICENCES.get(source)}
+    name = Path(source).resolve().name if local else source
+    return {"part": part, "id": name, "revision": commit, "licence": LICENCES.get(source)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

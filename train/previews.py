@@ -54,8 +54,8 @@ class Preview:
         return self.f.prompts.embeds[name].expand(len(self.batch.keys), -1, -1).to(self.eps)
 
     @torch.no_grad()
-    def look(self, folder: Path | None = None) -> dict[str, float]:
-        """Mean |eps_hat - eps|^2 (also by timestep), REPA's cosine, the effect of quality terms.
+    def look(self, folder: Path | None = None) -> tuple[dict[str, float], list[Path]]:
+        """(values, sheets). Mean |eps_hat - eps|^2 (also by timestep), REPA's cosine, the effect of quality terms.
 
         terms_clean: how much worse clean latents are explained by the negative prompt than by the
         positive one; terms_damaged: the reverse of damaged ones. Both above 0 where the terms work.
@@ -78,10 +78,12 @@ class Preview:
                 for t in TERMS
             ]
             values[f"terms_{name}"] = sign * float(torch.stack(apart).mean())
-        if folder is not None:
-            write_sheet(folder / "samples.png", self.samples())
-            write_sheet(folder / "step.png", self.x, self.one_step(), self.batch.hr)
-        return values
+        if folder is None:
+            return values, []
+        sheets = [folder / "samples.png", folder / "step.png"]
+        write_sheet(sheets[0], self.samples())
+        write_sheet(sheets[1], self.x, self.one_step(), self.batch.hr)
+        return values, sheets
 
     def error(self, z: Tensor, t: int, prompt: str) -> tuple[Tensor, Tensor | None]:
         return self.objective.noise_error(self.f.denoiser, z, self.eps, t, self.prompt(prompt))

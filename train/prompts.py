@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ def random_prompts(tokens: int, width: int, seed: int) -> Fixed:
 def from_file(path: str) -> Fixed:
     """Of a file that train.embeddings made."""
     embeds, texts = embeddings.read(path)
-    return Fixed({k: v.float() for k, v in embeds.items()}, texts, {"part": "prompts", "id": path})
+    facts = {"part": "prompts", "id": Path(path).name}
+    return Fixed({k: v.float() for k, v in embeds.items()}, texts, facts)
 
 
 def from_encoder(encoder: TextEncoder) -> Fixed:
@@ -64,7 +66,9 @@ def from_encoder(encoder: TextEncoder) -> Fixed:
         name: embeddings.encode(encoder, text)
         for name, text in (("positive", POSITIVE), ("negative", NEGATIVE), ("null", ""))
     }
-    facts = {"part": "text_encoder", "id": encoder.source, "revision": encoder.revision}
+    source = Path(encoder.source)
+    name = source.resolve().name if source.exists() else encoder.source
+    facts = {"part": "text_encoder", "id": name, "revision": encoder.revision}
     return Fixed({k: v[0] for k, v in found.items()}, {k: v[1] for k, v in found.items()}, facts)
 
 

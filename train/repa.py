@@ -263,7 +263,8 @@ class Training:
         if self.run.writes:
             with self.averaged(), torch.no_grad():
                 if look and self.preview is not None:
-                    values = self.preview.look(self.run.folder)
+                    values, sheets = self.preview.look(self.run.folder)
+                    self.run.show(step, *sheets)
                     self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
                     text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
                 self.export(step)

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -131,6 +133,12 @@ class Run:
         self.log_file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+
+    def show(self, step: int, *sheets: Path) -> None:
+        """Pictures of the run folder in TensorBoard, by their names."""
+        for path in sheets:
+            with Image.open(path) as image:
+                self.board.add_image(path.stem, np.asarray(image), step, dataformats="HWC")
 
     def accept(self, loss: Tensor | float) -> bool:
         """Whether a step with this loss may be taken; counts the others.
