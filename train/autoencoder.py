@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gendr.vae import TINY_VAE, VAE
 from train import layers
+from train.estimate import plan
 from train.pixels import pixel_loss, psnr
 from train.run import Average, Run, step_generator
 from train.shards import Pairs
@@ -76,7 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_args(argv)
+    if args.dry_run:
+        with torch.device("meta"):
+            networks = {"autoencoder": VAE(TINY_VAE)}
+        print(plan(networks, steps=args.steps, batch=args.batch, crop=args.crop))
+        return
+    del args.dry_run
     config: dict[str, Any] = {**vars(args), "vae": dataclasses.asdict(TINY_VAE)}
     run = Run(args.out, config, free=("data", "device", "save_every"))
     run.catch_signals()

@@ -109,6 +109,16 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def plan(networks: dict[str, nn.Module], *, steps: int, batch: int, crop: int) -> str:
+    """A run that trains these networks, all of them, in words."""
+    rows: list[tuple[str, ...]] = [("network", "parameters", "weights, gradients, Adam, average")]
+    for name, module in networks.items():
+        count = parameters(module)
+        rows.append((name, f"{count:,}", gib(training_bytes(count))))
+    head = f"{steps:,} steps of {batch} pictures of {crop} px ({steps * batch:,} in all)"
+    return f"{head}\n\n{table(rows)}"
+
+
 def gib(count: float) -> str:
     """Bytes in GiB, or in MiB where they are few."""
     return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"

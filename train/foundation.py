@@ -17,17 +17,12 @@ from train import embeddings, estimate, layers, pretrained, prompts
 from train.denoising import Denoiser, Objective, Rules
 from train.estimate import gib
 from train.features import CELL, DinoV2, Projector
+from train.plan import ENCODER_SIZES
 from train.pretrained import PretrainedError
 from train.scores import recompute_blocks
 
 # Parameters of what only a download could tell, for the plan of a run.
 TEXT_ENCODER = 340_387_840
-ENCODERS = {
-    "dinov2-s": (22_056_576, 384),
-    "dinov2-b": (86_580_480, 768),
-    "dinov2-l": (304_368_640, 1024),
-    "dinov2-g": (1_136_480_768, 1536),
-}
 
 
 @dataclass
@@ -165,7 +160,7 @@ def plan(settings: Any) -> str:
     vae_config = known[s.channels] if s.base else TINY_VAE
     if Path(vae_source(s)).exists():
         vae_config = pretrained.read_vae(vae_source(s)).config
-    encoder, width = ENCODERS.get(s.encoder, (0, 768)) if s.lambda_repa else (0, 0)
+    width, encoder = ENCODER_SIZES.get(s.encoder, (768, 0)) if s.lambda_repa else (0, 0)
     with torch.device("meta"):
         unet, vae = UNet(config), VAE(vae_config)
         slim = UNet(config)

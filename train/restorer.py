@@ -30,6 +30,7 @@ from gendr.unet import TINY_UNET, UNet
 from gendr.vae import TINY_VAE, VAE
 from train import layers
 from train.adversary import Discriminator, balance, discriminator_loss, generator_loss
+from train.estimate import plan
 from train.pixels import enlarge, pixel_loss, psnr
 from train.run import Average, Run, step_generator
 from train.shards import Pairs
@@ -120,18 +121,33 @@ def main(argv: list[str] | None = None) -> None:
         help="pull of the discriminator relative to the regression, for the last stretch: 0.3",
     )
     parser.add_argument(
+        "--real",
+        choices=("teacher", "hr"),
+        help="what the discriminator takes for real (the teacher's results, where they are targets)",
+    )
+    parser.add_argument(
         "--alone", type=int, default=100, help="steps that the discriminator learns alone first"
     )
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_args(argv)
     step_config = tiny_config()
+    if args.dry_run:
+        with torch.device("meta"):
+            networks = {"autoencoder": VAE(step_config.vae), "UNet": UNet(step_config.unet)}
+            if args.adversarial:
+                networks["discriminator"] = Discriminator()
+        print(plan(networks, steps=args.steps, batch=args.batch, crop=args.crop))
+        return
+    del args.dry_run
     config: dict[str, Any] = {**vars(args), "step": dataclasses.asdict(step_config)}
     run = Run(args.out, config, free=("data", "device", "save_every", "autoencoder", "init"))
     run.catch_signals()
-    parts = ("hr", "lr", "teacher") if args.teacher_share else ("hr", "lr")
+    taught = args.teacher_share or args.real == "teacher"
+    parts = ("hr", "lr", "teacher") if taught else ("hr", "lr")
     pairs = Pairs(args.data, parts)
     device = torch.device(args.device)
 
@@ -216,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             term = pixel_loss(y, batch["teacher"], gradient=args.gradient)
             loss = loss + args.teacher_share * term
         if discriminator is not None:
-            target = batch["teacher" if args.teacher_share else "hr"]
+            target = batch[args.real or ("teacher" if args.teacher_share else "hr")]
             judge.zero_grad(set_to_none=True)
             verdict = discriminator_loss(
                 discriminator(target, x), discriminator(y.detach().float(), x)

@@ -28,10 +28,10 @@ class TrainingError(RuntimeError):
     """A run that can't go on; the message says why and what to change."""
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -74,7 +74,7 @@ class Run:
                 )
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, config)
+            write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
             self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
             self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
@@ -128,11 +128,14 @@ class Run:
         """Append one JSON line, and the same values to TensorBoard."""
         if not self.writes:
             return
-        self.log_file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}))
+        # JSON knows no NaN: what isn't finite is null.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.log_file.write(json.dumps({"step": step, "time": round(time.time(), 1), **finite}))
         self.log_file.write("\n")
         self.log_file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        for name, value in finite.items():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
 
     def show(self, step: int, *sheets: Path) -> None:
         """Pictures of the run folder in TensorBoard, by their names."""

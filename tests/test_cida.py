@@ -1,0 +1,473 @@
+"""Stage 2 as a whole. Numbers in the names are those of the method's list of tests."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import header, random_network
+from PIL import Image
+
+import gendr
+from gendr import checkpoint
+from gendr.onestep import StepConfig
+from gendr.unet import UNet, UNetConfig
+from gendr.vae import VAEConfig
+from train import ablation, cida, discriminator, losses, recipe
+from train.discriminator import Discriminator
+from train.features import Projector
+from train.iteration import Generator, Iteration, Rules, Sample
+from train.losses import Distillation, Weights
+from train.processes import Processes
+from train.run import Run, TrainingError
+from train.scores import Scores
+
+ROOT = Path(__file__).parent.parent
+SMALL = UNetConfig(
+    latent_channels=4,
+    block_out_channels=(8, 16),
+    attention=(False, True),
+    layers_per_block=1,
+    head_dim=8,
+    cross_attention_dim=6,
+    norm_num_groups=4,
+)
+STEP = StepConfig(unet=SMALL, vae=VAEConfig(latent_channels=4))
+
+
+def make_iteration(rules=None, *, seed=0, recompute=False, awake=True):
+    """An iteration on tiny networks in float64, every layer of them awake."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        unet = UNet(SMALL).double()
+        base = copy.deepcopy(unet)
+        prompt, null = torch.randn(2, 1, 3, 6, dtype=torch.float64)
+        projector = Projector(8, 5, hidden=7).double()
+        scores = Scores(base, rank=2, alpha=4, recompute=recompute)
+        heads = Discriminator(SMALL, width=8, groups=2).double()
+        if awake:
+            for name in ("real", "fake"):
+                for p in scores.parameters_of(name):
+                    torch.nn.init.normal_(p, std=0.2)
+            torch.nn.init.normal_(heads.heads["mid"][-1].weight)
+    generator = Generator(unet, STEP, prompt, projector)
+    return Iteration(
+        generator, scores, heads, prompt, null, rules or Rules(), Processes("cpu"), seed=seed
+    )
+
+
+def samples(count=4, micro=4):
+    g = torch.Generator().manual_seed(4)
+    z_l, z_h = torch.randn(2, count, 4, 4, 4, generator=g, dtype=torch.float64)
+    tokens = torch.randn(count, 4, 5, generator=g, dtype=torch.float64)
+    return [
+        Sample(
+            z_l[n : n + micro], z_h[n : n + micro], tokens[n : n + micro], list(range(n, n + micro))
+        )
+        for n in range(0, count, micro)
+    ]
+
+
+def gradients(it):
+    return {
+        name: [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        for name, parameters in it.trained().items()
+    }
+
+
+def both_phases(it, batch, step=0):
+    values = it.score_step(batch)
+    found = gradients(it)
+    values |= it.generator_step(batch, step)
+    found["generator"] = gradients(it)["generator"]
+    return values, found
+
+
+def largest_difference(a, b):
+    pairs = [(x, y) for name in a for x, y in zip(a[name], b[name], strict=True)]
+    return max(float((x - y).abs().max() / y.abs().max().clamp_min(1e-12)) for x, y in pairs)
+
+
+def digest(module):
+    data = b"".join(p.detach().numpy().tobytes() for p in module.parameters())
+    return hashlib.sha256(data).hexdigest()
+
+
+def base_digest(scores):
+    data = [p.detach().numpy().tobytes() for n, p in scores.named_parameters() if ".lora_" not in n]
+    return hashlib.sha256(b"".join(data)).hexdigest()
+
+
+# ---- the iteration ----
+
+
+def test_29_accumulation_equals_one_batch():
+    whole_values, whole = both_phases(make_iteration(), samples(4, 4))
+    parts_values, parts = both_phases(make_iteration(), samples(4, 1))
+    assert set(whole) == {"generator", "fake", "real", "heads"}
+    assert all(any(float(g.abs().max()) > 0 for g in found) for found in whole.values())
+    assert largest_difference(parts, whole) < 1e-10
+    for name in ("cid", "adv", "mse", "repa", "score_fake", "score_real", "discriminator"):
+        assert parts_values[name] == pytest.approx(whole_values[name], rel=1e-6)
+
+
+def test_recomputed_blocks_give_the_same_step():
+    _, plain = both_phases(make_iteration(), samples())
+    _, recomputed = both_phases(make_iteration(recompute=True), samples())
+    assert largest_difference(recomputed, plain) < 1e-10
+
+
+def test_the_generator_step_is_the_gradient_of_eq_11():
+    it, (s,) = make_iteration(), samples()
+    it.generator_step([s], 0)
+    found = gradients(it)["generator"]
+    # The same objective, through everything at once.
+    it.generator.zero_grad()
+    z_g, tokens = it.generator(s.z_l)
+    noise = it.draw(s, 4)
+    a, b = losses.levels(noise.t, z_g)
+    z_t = a * z_g + b * noise.eps
+    f_real, f_fake = (
+        it.scores.guided(z_t, noise.t, it.prompt, name, null=it.null, kappa=2.0)
+        for name in ("real", "fake")
+    )
+    logits = it.heads(discriminator.features(it.scores, z_t, noise.t, it.prompt))
+    objective = losses.objective(
+        Weights(),
+        0,
+        cid=losses.distillation(f_real, f_fake, z_g, s.z_h, Distillation()),
+        adv=losses.adversarial(logits),
+        repa=losses.alignment(tokens, s.features),
+        mse=losses.consistency(z_g, s.z_h),
+    )
+    objective.backward()
+    assert largest_difference({"g": found}, {"g": gradients(it)["generator"]}) < 1e-9
+
+
+def test_21_every_phase_changes_only_its_own():
+    it, batch = make_iteration(), samples()
+    before = base_digest(it.scores)
+    for step in range(5):
+        state = digest(it.generator)
+        it.score_step(batch)
+        assert all(p.grad is None for p in it.generator.parameters())
+        for name, parameters in it.trained().items():
+            if name != "generator":
+                torch.optim.SGD(parameters, 0.01).step()
+                for p in parameters:
+                    p.grad = None
+        assert digest(it.generator) == state
+        frozen = [digest(it.scores), digest(it.heads)]
+        it.generator_step(batch, step)
+        for module in (it.scores, it.heads):
+            assert all(p.grad is None for p in module.parameters())
+        torch.optim.SGD(it.generator.parameters(), 0.01).step()
+        it.generator.zero_grad(set_to_none=True)
+        assert [digest(it.scores), digest(it.heads)] == frozen
+        assert digest(it.generator) != state
+    assert base_digest(it.scores) == before
+
+
+def test_adapters_follow_their_own_latents():
+    """Each score step makes its adapter better on its own latents, at the noise that it saw."""
+    it, batch = make_iteration(Rules(drop=0.0)), samples()
+    first = it.score_step(batch)
+    for name in ("fake", "real"):
+        torch.optim.SGD(it.trained()[name], 0.05).step()
+        for p in it.trained()[name]:
+            p.grad = None
+    second = it.score_step(batch)
+    for name in ("fake", "real"):
+        assert second[f"score_{name}"] < first[f"score_{name}"]
+    # The real score looks at z_h: another z_h changes it, and not the fake one.
+    other = [batch[0]._replace(z_h=batch[0].z_h + 1)]
+    third = it.score_step(other)
+    assert third["score_real"] != second["score_real"]
+    assert third["score_fake"] == second["score_fake"]
+
+
+def test_dropped_prompts_train_the_empty_branch():
+    """With every prompt dropped the prompt itself must not matter to the score losses."""
+    values = []
+    for factor in (1, 5):
+        it = make_iteration(Rules(drop=1.0, weights=Weights(lambda2=0.0)))
+        it.prompt = it.prompt * factor
+        values.append(it.score_step(samples()))
+    assert values[0]["score_real"] == values[1]["score_real"]
+
+
+@pytest.mark.parametrize("preset", sorted(recipe.presets()))
+def test_presets_reach_what_they_name(preset):
+    settings = recipe.build(cida.Settings, {"encoder": "any"}, recipe.presets()[preset])
+    it = make_iteration(cida.iteration.rules(settings))
+    values, found = both_phases(it, samples())
+    assert ("real" in found) == (preset in ("cid", "cida", "paper_literal"))
+    assert ("fake" in found) == (preset != "regression")
+    assert ("heads" in found) == (preset in ("cida", "paper_literal"))
+    assert ("cid" in values) == (preset != "regression")
+    assert any(float(g.abs().max()) > 0 for g in found["generator"])
+
+
+def test_27_overfits_one_pair():
+    it = make_iteration(Rules(weights=Weights(lambda1=0, lambda1_late=0, lambda2=0, lambda_mse=1)))
+    batch = [samples(1, 1)[0]]
+    optimizer = torch.optim.Adam(it.generator.parameters(), lr=5e-3)
+    distances = []
+    for step in range(300):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / 300)
+        distances.append(it.generator_step(batch, step)["distance"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert distances[-1] < distances[0] / 100
+
+
+# ---- the script ----
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    hr = rng.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    np.save(folder / "pairs-00000.hr.npy", hr)
+    np.save(folder / "pairs-00000.lr.npy", hr[:, 2::4, 2::4])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    network = random_network(prompts=("positive", "negative", "null"))
+    checkpoint.save(path, network, header(network), dtype="fp32")
+    return path
+
+
+def words(base, data, out, **more):
+    options = {
+        "base": base, "data": data, "out": out, "steps": 3, "batch": 2, "micro_batch": 1, "crop": 32,
+        "workers": 0, "warmup": 1, "rank": 2, "alpha": 4, "head_width": 8, "lambda3": 0,
+        "precision": "fp32", "lr": 1e-3, "lr_scores": 1e-3, "lr_heads": 1e-3, "log_every": 1,
+        "save_every": 1, "validate_every": 2, "device": "cpu", **more,
+    }  # fmt: skip
+    return [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def state(folder):
+    found = torch.load(folder / "state.pt", weights_only=True)
+    return {f"{part}.{name}": value for part in found if isinstance(found[part], dict)
+            for name, value in found[part].items() if isinstance(value, torch.Tensor)}  # fmt: skip
+
+
+def test_29_resume_equals_uninterrupted(base, pairs, tmp_path, monkeypatch):
+    assert cida.main(words(base, pairs, tmp_path / "whole")) == 0
+    real = Run.steps
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Run, "steps", lambda run, first, last, images: real(run, first, 2, images=images)
+        )
+        assert cida.main(words(base, pairs, tmp_path / "parts")) == 0
+    # What a kill in the middle of writing leaves behind must not matter.
+    (tmp_path / "parts" / "state.pt.part").write_bytes(b"cut")
+    assert cida.main(words(base, pairs, tmp_path / "parts")) == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert len(whole) > 50
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    files = [checkpoint.read(tmp_path / n / "model.safetensors")[0] for n in ("whole", "parts")]
+    assert files[0] == files[1]  # with the tensors' SHA-256
+
+
+def test_the_exported_file_goes_straight_into_the_loader(base, pairs, tmp_path):
+    assert cida.main(words(base, pairs, tmp_path / "run", name="Trained")) == 0
+    model = gendr.load(tmp_path / "run" / "model.safetensors", device="cpu", dtype="fp32")
+    assert model.name == "Trained"
+    assert model.header["training_step"] == 3
+    result = model.restore(torch.rand(1, 3, 9, 8), 4)
+    assert result.shape == (1, 3, 36, 32)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"cid", "adv", "mse", "discriminator", "lora", "cosine_cid_mse", "pull_cid"} <= set(
+        lines[0]
+    )
+    assert any("val_psnr" in line for line in lines)
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert (tmp_path / "run" / "sheet.png").exists()
+    # The averaged weights are exported, and they are neither the first nor the last ones.
+    trained = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    last = trained["generator"]["unet.conv_in.weight"]
+    kept = checkpoint.read(tmp_path / "run" / "model.safetensors")[1]["unet.conv_in.weight"].float()
+    first = checkpoint.read(base)[1]["unet.conv_in.weight"]
+    assert float((kept - last).abs().max()) > 1e-4
+    assert float((kept - first).abs().max()) > 1e-4
+    # An adapter is a LoRA that the loader takes on its base.
+    adapter = tmp_path / "run" / "adapters" / "real" / "adapter_model.safetensors"
+    assert (
+        gendr.load(adapter, base=base, device="cpu")
+        .restore(torch.rand(1, 3, 8, 8))
+        .isfinite()
+        .all()
+    )
+
+
+def test_a_run_that_drifts_off_stops_with_its_reason(base, pairs, tmp_path, capsys):
+    options = words(base, pairs, tmp_path / "run", lr=1.0, warmup=0, steps=50, validate_every=99)
+    assert cida.main([*options, "--preset", "paper_literal"]) == 1
+    message = capsys.readouterr().err
+    assert "diverged: mean|z_g - z_h|" in message
+    assert "Eq. 8 as printed" in message
+
+
+def test_steps_that_are_not_finite_are_skipped(base, pairs, tmp_path, monkeypatch):
+    real = Iteration.generator_step
+
+    def poisoned(self, batch, step):
+        values = real(self, batch, step)
+        if step == 1:
+            next(self.generator.parameters()).grad.fill_(float("nan"))
+        return values
+
+    monkeypatch.setattr(Iteration, "generator_step", poisoned)
+    assert cida.main(words(base, pairs, tmp_path / "run")) == 0
+    assert all(v.isfinite().all() for v in state(tmp_path / "run").values())
+    lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines if "skipped" in line] == [0, 1, 1]
+
+
+def test_what_does_not_fit_is_a_sentence(base, pairs, tmp_path, capsys, tiny_checkpoint):
+    for more, reason in (
+        ({"base": tmp_path / "none.safetensors"}, "no model file at"),
+        ({"base": tiny_checkpoint}, "holds no empty prompt"),
+        ({"data": tmp_path}, "no pictures in"),
+        ({"batch": 3, "micro_batch": 2}, "not a multiple of"),
+        ({"crop": 20}, "crop must be a multiple of 16"),
+        ({"heads": "down7"}, "heads can sit at"),
+    ):
+        options = {"base": base, "data": pairs, "out": tmp_path / "run", **more}
+        assert cida.main(words(**options)) == 1
+        assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cida.main([*words(base, pairs, tmp_path / "run"), "--target", "nothing"])
+    with pytest.raises(SystemExit):
+        cida.main([*words(base, pairs, tmp_path / "run"), "--recipe", "none"])
+    assert "no recipe 'none'" in capsys.readouterr().err
+
+
+def test_the_plan_of_the_full_size(capsys, tmp_path):
+    assert cida.main(["--recipe", "single_gpu", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for fact in ("865,979,856", "6,427,392", "64,899,072", "919,297", "57,266,643"):
+        assert fact in text
+    # Section 3.8: about 20 GiB without the average, which this recipe keeps in the CPU's memory,
+    # and with the copies that autocast makes; one card of 24 GB holds it.
+    peak = float(re.search(r"peak +about ([\d.]+) GiB", text)[1])
+    assert 18 < peak < 22
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_setting_is_another_run(base, pairs, tmp_path):
+    assert cida.main(words(base, pairs, tmp_path / "run", steps=1)) == 0
+    with pytest.raises(TrainingError, match="another xi"):
+        Run(
+            tmp_path / "run",
+            {**json.loads((tmp_path / "run" / "config.json").read_text()), "xi": 0.5},
+        )
+    assert cida.main(words(base, pairs, tmp_path / "run", steps=1, xi=0.5)) == 1
+
+
+WORKER = """
+import sys
+import torch
+sys.path[:0] = ["tests", "."]
+import test_cida as t
+it = t.make_iteration()
+rank = it.processes.index
+found = t.both_phases(it, t.samples(4, 1)[rank::2])[1]
+if rank == 0:
+    torch.save(found, sys.argv[1])
+raise SystemExit(t.cida.main(sys.argv[2:]))
+"""
+
+
+def test_29_two_processes_equal_one(base, pairs, tmp_path):
+    more = {"steps": 2, "batch": 4, "validate_every": 9}
+    assert cida.main(words(base, pairs, tmp_path / "one", **more)) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "gradients.pt")]
+    command += words(base, pairs, tmp_path / "two", **more)
+    team = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **team, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    # Gradients of both phases, in float64.
+    _, whole = both_phases(make_iteration(), samples())
+    assert largest_difference(torch.load(tmp_path / "gradients.pt"), whole) < 1e-10
+    # And the script: one folder, and a run that went the same way. Adam divides rounding by itself
+    # where a gradient is nearly zero, so weights are compared as a whole.
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert set(one) == set(two)
+    for part in ("generator", "real", "fake", "heads"):
+        a, b = (
+            torch.cat([v.flatten().double() for k, v in s.items() if k.startswith(f"{part}.")])
+            for s in (one, two)
+        )
+        assert float((a - b).norm() / a.norm()) < 1e-4
+    log = [json.loads(x) for x in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    other = [json.loads(x) for x in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    values, expected = ([line for line in lines if "cid" in line] for lines in (log, other))
+    assert len(values) == 2
+    for name in ("cid", "adv", "mse", "score_fake", "score_real", "discriminator"):
+        assert values[1][name] == pytest.approx(expected[1][name], rel=1e-3)
+
+
+def test_the_ablation_is_one_command(base, pairs, tmp_path, capsys):
+    folders = {}
+    for part in ("lr", "hr"):
+        folder = tmp_path / part
+        folder.mkdir()
+        for n, pixels in enumerate(np.load(pairs / f"pairs-00000.{part}.npy")[:2]):
+            Image.fromarray(pixels).save(folder / f"{n}.png")
+        folders[part] = folder
+    options = words(
+        base, pairs, tmp_path / "out", steps=2, validate=folders["lr"], originals=folders["hr"]
+    )
+    options += ["--presets", "regression,paper_literal"]
+    assert ablation.main(options) == 0
+    first = (tmp_path / "out" / "ablation.md").read_text()
+    rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
+    assert rows == ["", "bicubic", "where all begin", "regression only", "Eqs. 8-11 as printed"]
+    assert (tmp_path / "out" / "report" / "report.html").exists()
+    # Both started from the same place and went different ways.
+    files = [tmp_path / "out" / n / "model.safetensors" for n in ("regression", "paper_literal")]
+    a, b = (checkpoint.read(f)[1]["unet.conv_in.weight"] for f in files)
+    assert not torch.equal(a, b)
+    # A second call finds everything done.
+    stamps = [f.stat().st_mtime_ns for f in files]
+    assert ablation.main(options) == 0
+    assert [f.stat().st_mtime_ns for f in files] == stamps
+    assert (tmp_path / "out" / "ablation.md").read_text() == first
+    with pytest.raises(SystemExit):
+        ablation.main([*options, "--presets", "nothing"])

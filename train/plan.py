@@ -1,0 +1,162 @@
+"""What a stage 2 run would take, before it starts: networks, memory, pictures per step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gendr import checkpoint
+from gendr.onestep import StepConfig
+from gendr.unet import UNet
+from gendr.vae import VAE
+from train import estimate
+from train.discriminator import Discriminator
+from train.estimate import gib, parameters
+from train.features import ENCODERS, Projector
+from train.iteration import rules
+from train.scores import Scores, recompute_blocks
+
+# Widths and sizes of DINOv2, by the names of recipes.
+ENCODER_SIZES = {
+    "dinov2-s": (384, 22_056_576),
+    "dinov2-b": (768, 86_580_480),
+    "dinov2-l": (1024, 304_368_640),
+    "dinov2-g": (1536, 1_136_480_768),
+}
+
+
+def step_config(path: str) -> StepConfig:
+    """Of a checkpoint, by its header alone; the full size where no path is given."""
+    if not path:
+        return StepConfig()
+    header, _ = checkpoint.read(Path(path))
+    return StepConfig.from_dict(header["config"])
+
+
+def plan(settings: Any) -> str:
+    """The plan in words and tables; nothing is loaded but headers, nothing computed."""
+    s, need = settings, rules(settings)
+    config = step_config(s.generator or s.base)
+    base_config = step_config(s.base)
+    width, size = ENCODER_SIZES.get(s.encoder, ENCODER_SIZES["dinov2-b"])
+    with torch.device("meta"):
+        generator, vae = UNet(config.unet), VAE(config.vae)
+        base = UNet(base_config.unet)
+        count_base = parameters(base)
+        projector = Projector(config.unet.block_out_channels[0], width) if s.lambda3 else None
+        heads = None
+        if need.judge:
+            groups = math.gcd(32, s.head_width)
+            heads = Discriminator(base.config, at=s.heads, width=s.head_width, groups=groups)
+        scores = Scores(base, rank=s.rank, alpha=s.alpha) if need.scores or need.judge else None
+    adapters = {
+        name: sum(p.numel() for p in scores.parameters_of(name)) if scores and need.scores else 0
+        for name in ("real", "fake")
+    }
+    trained = adapters["fake"] + (adapters["real"] if s.train_real else 0)
+    bf16 = s.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+
+    own = parameters(generator, projector)
+    rows = [("network", "parameters", "weights, gradients, Adam", "")]
+    rows.append(
+        (
+            "generator",
+            f"{parameters(generator):,}",
+            gib(estimate.training_bytes(own, ema=False)),
+            "",
+        )
+    )
+    if projector is not None:
+        rows.append(("  its projector", f"{parameters(projector):,}", "(within)", ""))
+    average = estimate.frozen_bytes(own) if s.ema else 0
+    rows.append(("averaged weights", "", gib(average), "CPU" if s.ema_on_cpu else ""))
+    fixed = estimate.training_bytes(own, ema=False) + (0 if s.ema_on_cpu else average)
+    if bf16:
+        copies = estimate.frozen_bytes(own, torch.bfloat16)
+        rows.append(("autocast's copies in bf16", "", gib(copies), ""))
+        fixed += copies
+    if scores is not None:
+        frozen = estimate.frozen_bytes(count_base, dtype)
+        rows.append(("frozen base of the scores", f"{count_base:,}", gib(frozen), s.precision))
+        fixed += frozen
+        for name in ("fake", "real"):
+            learns = name == "fake" or s.train_real
+            cost = (estimate.training_bytes if learns else estimate.frozen_bytes)(
+                adapters[name], **({"ema": False} if learns else {})
+            )
+            rows.append(
+                (f"  adapter {name}", f"{adapters[name]:,}", gib(cost), "" if learns else "frozen")
+            )
+            fixed += cost
+    if heads is not None:
+        cost = estimate.training_bytes(parameters(heads), ema=False)
+        rows.append(("discriminator's heads", f"{parameters(heads):,}", gib(cost), ""))
+        fixed += cost
+    for name, count in (("autoencoder", parameters(vae)), ("DINOv2", size if s.lambda3 else 0)):
+        if count:
+            rows.append((name, f"{count:,}", gib(estimate.frozen_bytes(count)), "frozen"))
+            fixed += estimate.frozen_bytes(count)
+
+    each = generator_bytes(config, s, bf16), score_bytes(base_config, s, bf16)
+    peak = fixed + s.micro_batch * max(each)
+    world = max(1, s.batch // s.micro_batch)
+    lines = [
+        f"{s.steps:,} generator steps of {s.batch} pictures of {s.crop} px "
+        f"({s.steps * s.batch:,} in all), {s.micro_batch} at a time: {world} micro-batches per step, "
+        "shared by the processes",
+        "",
+        estimate.table(rows),
+        "",
+        f"fixed                        {gib(fixed)}",
+        f"activations of one picture   generator {gib(each[0])}, score {gib(each[1])} "
+        f"({'with' if s.recompute else 'without'} gradient checkpointing)",
+        f"peak                         about {gib(peak)}, and 1 to 2 GiB that the device takes itself",
+        f"trained by the scores        {trained:,} parameters",
+        f"form                         target {s.target}, xi {s.xi:g}, kappa {s.kappa_real:g}/"
+        f"{s.kappa_fake:g}, lambda {s.lambda1:g} then {s.lambda1_late:g} / {s.lambda2:g} / "
+        f"{s.lambda3:g}, mse {s.lambda_mse:g}",
+    ]
+    if s.encoder and s.encoder not in ENCODERS and s.lambda3:
+        lines.append(f"DINOv2 of {s.encoder} is counted as dinov2-b")
+    return "\n".join(lines)
+
+
+def fresh(config: StepConfig, recompute: bool) -> UNet:
+    """A UNet on the meta device, with or without gradient checkpointing."""
+    with torch.device("meta"):
+        unet = UNet(config.unet)
+    if recompute:
+        recompute_blocks(unet)
+    return unet
+
+
+def generator_bytes(config: StepConfig, s: Any, bf16: bool) -> int:
+    """Activations of one picture in the generator's backward pass."""
+    z, context = estimate.sample(config.unet, s.crop, factor=config.vae.factor)
+    found = estimate.activation_bytes(
+        fresh(config, s.recompute), z, config.t_start, context, autocast=bf16
+    )
+    if s.recompute:
+        plain = fresh(config, False)
+        found += estimate.block_bytes(plain, z, config.t_start, context, autocast=bf16)
+    return found
+
+
+def score_bytes(config: StepConfig, s: Any, bf16: bool) -> int:
+    """Activations of one picture in a score's backward pass, at z_t, beside the generator's graph."""
+    need = rules(s)
+    if not need.scores:
+        return 0
+    guided = 2 if (s.kappa_real != 1 or s.kappa_fake != 1) else 1
+    unet = fresh(config, s.recompute).requires_grad_(False)
+    z, context = estimate.sample(config.unet, s.crop, batch=guided, factor=config.vae.factor)
+    z = z.requires_grad_()
+    found = estimate.activation_bytes(unet, z, config.t_start, context, autocast=bf16)
+    if s.recompute:
+        plain = fresh(config, False).requires_grad_(False)
+        found += estimate.block_bytes(plain, z, config.t_start, context, autocast=bf16)
+    return found + generator_bytes(config, s, bf16)
