@@ -17,6 +17,8 @@ import torch
 from conftest import header, random_network
 from PIL import Image
 from stage1 import DINO, UNET, VAE_, gradients, pictures, small
+from test_embeddings import save_encoder
+from test_pretrained import tiny_unet, tiny_vae
 from transformers import Dinov2Model
 
 import gendr
@@ -25,7 +27,7 @@ from gendr.unet import UNet
 from train import recipe, repa
 from train.denoising import Objective
 from train.features import Projector
-from train.prompts import random_prompts
+from train.prompts import Prompts, random_prompts
 from train.run import Run, TrainingError
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +135,44 @@ def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
     assert all(torch.equal(v, start[f"vae.{k}"].half()) for k, v in own.items())
     Projector(8, 16).load_state_dict(gendr.checkpoint.read_file(out / "projector.safetensors")[1])
     assert capsys.readouterr().out.strip().endswith("model.safetensors")
+
+
+def test_from_public_weights_with_captions(dino, tmp_path):
+    """As the paper's recipe goes: a folder of diffusers, its text encoder, captioned pictures."""
+    sd, data = save_encoder(tmp_path / "sd"), tmp_path / "data"
+    tiny_unet(cross_attention_dim=8).save_pretrained(sd / "unet")
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    levels |= {"up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 8, 16)}
+    tiny_vae(**levels).save_pretrained(tmp_path / "vae")
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(data / f"{n}.png")
+        (data / f"{n}.txt").write_text(f"picture number {n}")
+    said, plain = [], Prompts.encode
+
+    def encode(prompts, texts):
+        said.extend(texts)
+        return plain(prompts, texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prompts, "encode", encode)
+        out = run(
+            sd, data, tmp_path / "run", vae=tmp_path / "vae", prompts="captions",
+            phases="full,refine", steps="2,2", lambda_repa=0.5, encoder=dino, batch=4,
+        )  # fmt: skip
+    assert {t for t in said if ", " not in t} == {f"picture number {n}" for n in range(3)}
+    assert any(t.startswith("picture number") and t.count(", ") >= 4 for t in said)
+    first = log(out)[0]
+    # 16 new channels behind a silent convolution: each of them starts at E|eps|^2.
+    assert first["diffusion"] == pytest.approx(1, abs=0.2)
+    model = gendr.load(out / "model.safetensors", device="cpu", dtype="fp32")
+    assert model.restore(torch.rand(1, 3, 8, 8), 4).shape == (1, 3, 32, 32)
+    assert (model.network.config.vae.scaling_factor, model.network.config.vae.shift_factor) == (
+        0.3, 0.1,
+    )  # fmt: skip
+    assert model.header["prompts"]["positive"].startswith("realism photo")
+    assert [f["id"] for f in model.header["bases"]] == ["vae", "sd", "sd", "dino0"]
 
 
 def test_what_is_exported_is_the_average(latent, pairs, tmp_path):
