@@ -14,6 +14,7 @@ from train import denoising, losses
 from train.denoising import Objective, Rules, Sample
 from train.foundation import Foundation
 from train.previews import Preview
+from train.scores import recompute_blocks
 from train.stream import Batch
 
 # ---- the loss ----
@@ -140,6 +141,16 @@ def test_29_accumulation_equals_one_batch():
             assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max().clamp_min(1e-3))
         for name, value in values.items():
             assert float(parts_values[name]) == pytest.approx(float(value), rel=1e-9)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    denoiser, objective = small()
+    slim = copy.deepcopy(denoiser)
+    recompute_blocks(slim.unet)
+    _, expected = gradients(denoiser, objective, [pictures()])
+    _, found = gradients(slim, objective, [pictures()])
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max()) <= 1e-12 * float(b.abs().max() + 1)
 
 
 def test_halves_are_means_over_their_own_samples():

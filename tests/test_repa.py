@@ -27,6 +27,7 @@ from gendr.unet import UNet
 from train import recipe, repa
 from train.denoising import Objective
 from train.features import Projector
+from train.processes import Processes
 from train.prompts import Prompts, random_prompts
 from train.run import Run, TrainingError
 
@@ -343,6 +344,14 @@ def test_29_two_processes_equal_one(latent, pairs, tmp_path):
     assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 1e-5
 
 
+def test_processes_that_cannot_talk_are_refused(monkeypatch):
+    """Two runs in one folder, each believing that it is alone, would be worse than none."""
+    assert Processes("cpu").count == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started as one of 2 processes"):
+        Processes("cpu")
+
+
 # ---- the plan ----
 
 
@@ -376,7 +385,7 @@ def test_recipes_are_whole(name):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"phases": "fulll"}, "phases are any of adapt, full, refine, not"),
+        ({"phases": "fulll"}, "phases are one or more of adapt, full, refine, not fulll"),
         ({"phases": "full,refine", "steps": "1,2,3"}, "steps needs one value for all or one"),
         ({"lambda_repa": 0.5, "encoder": ""}, "name an encoder"),
         ({"base": ""}, None),

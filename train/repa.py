@@ -127,8 +127,9 @@ class Settings:
     licence: str = setting("", "written into the exported file; empty = the base's")
 
     def __post_init__(self) -> None:
-        if unknown := [p for p in self.phases if p not in KINDS] or not self.phases:
-            raise ValueError(f"phases are any of {', '.join(KINDS)}, not {unknown}")
+        if not self.phases or set(self.phases) - set(KINDS):
+            found = ", ".join(self.phases) or "none"
+            raise ValueError(f"phases are one or more of {', '.join(KINDS)}, not {found}")
         for name in ("sizes", "steps", "micro_batch", "lr"):
             if len(getattr(self, name)) not in (1, len(self.phases)):
                 raise ValueError(
