@@ -35,6 +35,15 @@ VAE_ = VAEConfig(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests run where they are asked for, and say so elsewhere."""
+    if os.environ.get("GENDR_SLOW"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: set GENDR_SLOW=1 to run it"))
+
+
 def random_network(
     vae: VAEConfig = VAE_, unet: UNetConfig = UNET, *, prompts: tuple[str, ...] = ("positive",)
 ) -> Unfolded:

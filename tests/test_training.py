@@ -14,7 +14,13 @@ import gendr
 from gendr.schedule import alpha_bar, beta_bar
 from gendr.vae import TINY_VAE, VAE
 from train import autoencoder, layers, restorer
-from train.adversary import Discriminator, balance, discriminator_loss, generator_loss
+from train.adversary import (
+    Discriminator,
+    balance,
+    discriminator_loss,
+    feature_matching,
+    generator_loss,
+)
 from train.pixels import pixel_loss, psnr
 from train.run import DIVERGED_STEPS, Run, TrainingError
 from train.shards import Pairs
@@ -172,6 +178,18 @@ def test_balanced_losses_pull_equally_hard():
     factor = balance(a, b, weight)
     pulls = [torch.autograd.grad(x, weight, retain_graph=True)[0].norm() for x in (a, factor * b)]
     assert float(pulls[0]) == pytest.approx(float(pulls[1]), rel=1e-4)
+
+
+def test_features_of_the_discriminator_match_where_pictures_do():
+    torch.manual_seed(0)
+    judge = Discriminator(8).eval()  # in training every look refines the spectral norms
+    x, y = torch.rand(2, 1, 3, 32, 32)
+    seen = judge.features(y.requires_grad_(), x)
+    assert torch.equal(seen[-1], judge(y, x))
+    assert [f.shape[-1] for f in seen] == [16, 8, 4, 4, 4]
+    assert float(feature_matching(seen, seen)) == 0
+    feature_matching(judge.features(x, x), seen).backward()
+    assert float(y.grad.abs().max()) > 0
 
 
 def test_discriminator_learns_to_tell_blur_from_edges():

@@ -31,7 +31,16 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, picture: Tensor, source: Tensor) -> Tensor:
-        return self.layers(torch.cat([picture, source], dim=1))
+        return self.features(picture, source)[-1]
+
+    def features(self, picture: Tensor, source: Tensor) -> list[Tensor]:
+        """Maps behind every activation, coarsest last, and the logits at the end."""
+        x, found = torch.cat([picture, source], dim=1), []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.LeakyReLU):
+                found.append(x)
+        return [*found, x]
 
 
 def discriminator_loss(target: Tensor, result: Tensor) -> Tensor:
@@ -42,6 +51,15 @@ def discriminator_loss(target: Tensor, result: Tensor) -> Tensor:
 def generator_loss(result: Tensor) -> Tensor:
     """What the network lowers to be taken for the target."""
     return -result.mean()
+
+
+def feature_matching(target: list[Tensor], result: list[Tensor]) -> Tensor:
+    """Mean absolute difference of the maps that the discriminator sees, logits left out (pix2pixHD).
+
+    Unlike the logits it says where a result differs from its target, not only that it does.
+    """
+    pairs = zip(target[:-1], result[:-1], strict=True)
+    return torch.stack([F.l1_loss(r, t.detach()) for t, r in pairs]).mean()
 
 
 def balance(regression: Tensor, adversarial: Tensor, weight: Tensor) -> Tensor:

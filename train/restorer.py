@@ -29,7 +29,13 @@ from gendr.schedule import beta_bar
 from gendr.unet import TINY_UNET, UNet
 from gendr.vae import TINY_VAE, VAE
 from train import layers
-from train.adversary import Discriminator, balance, discriminator_loss, generator_loss
+from train.adversary import (
+    Discriminator,
+    balance,
+    discriminator_loss,
+    feature_matching,
+    generator_loss,
+)
 from train.estimate import plan
 from train.pixels import enlarge, pixel_loss, psnr
 from train.run import Average, Run, step_generator
@@ -126,6 +132,10 @@ def main(argv: list[str] | None = None) -> None:
         help="what the discriminator takes for real (the teacher's results, where they are targets)",
     )
     parser.add_argument(
+        "--matching", type=float, default=0.0, help="weight of the discriminator's features: 1"
+    )
+    parser.add_argument("--judge-width", type=int, default=32, help="of the discriminator")
+    parser.add_argument(
         "--alone", type=int, default=100, help="steps that the discriminator learns alone first"
     )
     parser.add_argument("--ema", type=float, default=0.999)
@@ -139,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         with torch.device("meta"):
             networks = {"autoencoder": VAE(step_config.vae), "UNet": UNet(step_config.unet)}
             if args.adversarial:
-                networks["discriminator"] = Discriminator()
+                networks["discriminator"] = Discriminator(args.judge_width)
         print(plan(networks, steps=args.steps, batch=args.batch, crop=args.crop))
         return
     del args.dry_run
@@ -179,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         "schedule": schedule,
         "average": average,
     }
-    discriminator = Discriminator().to(device) if args.adversarial else None
+    discriminator = Discriminator(args.judge_width).to(device) if args.adversarial else None
     if discriminator is not None:
         judge = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
         state |= {"discriminator": discriminator, "judge": judge}
@@ -240,7 +250,12 @@ def main(argv: list[str] | None = None) -> None:
             verdict.backward()
             judge.step()
             if step > args.alone:
-                fooled = generator_loss(discriminator(y.float(), x))
+                seen = discriminator.features(y.float(), x)
+                fooled = generator_loss(seen[-1])
+                if args.matching:
+                    with torch.no_grad():
+                        wanted = discriminator.features(target, x)
+                    fooled = fooled + args.matching * feature_matching(wanted, seen)
                 last = network.vae.decoder.conv_out.weight
                 loss = loss + args.adversarial * balance(loss, fooled, last) * fooled
         if share:
