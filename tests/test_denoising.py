@@ -80,6 +80,25 @@ def test_latents_are_samples_of_the_posterior():
     assert torch.allclose(still.encode(batch.hr, [0])[0], objective.vae.encode(batch.hr))
 
 
+def test_noise_of_the_posterior_and_of_the_step_are_unrelated():
+    """Were they the same numbers, z would give away what is to be told."""
+    _, objective = small(encoder=False)
+    batch, seen = pictures(16), []
+    mean, logvar = objective.vae.moments(batch.hr)
+    sample = objective.sample(batch)
+    own = (sample.z / VAE_.scaling_factor + VAE_.shift_factor - mean) / (0.5 * logvar).exp()
+
+    def listen(z_t, t, context):
+        a, b = losses.levels(t, z_t)
+        seen.append((z_t - a * sample.z) / b)
+        return z_t, None
+
+    objective.loss(listen, sample)
+    both = torch.stack([own.flatten(), seen[0].flatten()])
+    assert float(own.std()) == pytest.approx(1, abs=0.05)
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 5 / math.sqrt(own.numel())
+
+
 def test_09_alignment_pulls_towards_the_encoder():
     """The sign, the weight and the picture: L falls where the cosine rises, by lambda exactly."""
     denoiser, objective = small(Rules(lambda_repa=0.5))

@@ -96,10 +96,23 @@ def states(folder):
 
 def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
     """Phases in turn, resolutions that change, alignment, previews, and files that others read."""
-    out = run(
-        latent, pairs, tmp_path / "run", phases="adapt,full,refine", sizes="32,48,32",
-        steps="1,2,2", micro_batch="4,2,4", lr="1e-2,1e-3,1e-3", lambda_repa=0.5, encoder=dino,
-    )  # fmt: skip
+    seen, sample = [], Objective.sample
+
+    def watched(objective, batch, *, refine):
+        seen.append((tuple(batch.hr.shape), refine, batch.keys[0]))
+        return sample(objective, batch, refine=refine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "sample", watched)
+        out = run(
+            latent, pairs, tmp_path / "run", phases="adapt,full,refine", sizes="32,48,32",
+            steps="1,2,2", micro_batch="4,2,4", lr="1e-2,1e-3,1e-3", lambda_repa=0.5, encoder=dino,
+        )  # fmt: skip
+    large, little = (2, 3, 48, 48), (4, 3, 32, 32)
+    assert seen == [
+        (little, False, 0), *((large, False, key) for key in (4, 6, 8, 10)),
+        (little, True, 12), (little, True, 16),
+    ]  # fmt: skip
     lines = [line for line in log(out) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(-1 <= line["repa_cosine"] <= 1 for line in lines)
