@@ -34,6 +34,11 @@ from train.run import Run, TrainingError
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def short_previews(monkeypatch):
+    monkeypatch.setattr("train.previews.STEPS", 2)
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Eight crops of 32 px with reduced copies, as `train.pairs` writes them."""
