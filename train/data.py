@@ -198,18 +198,22 @@ def random_crop(pixels: np.ndarray, side: int, rng: np.random.Generator, flip: b
 
 @dataclass(frozen=True)
 class Degradation:
-    """How the low-resolution copies are made; see train.degrade."""
+    """How the low-resolution copies are made; see train.degrade.
+
+    share: of the pictures that get one; the others' is black, with an empty `damage`.
+    """
 
     kind: str = "mixed"
     mix: str = "paper"
     scale: int = 4
+    share: float = 1.0
 
 
 class Pictures(Dataset):
     """Crops of pictures. An item's key is its index, or (epoch, index) as `Order` gives them.
 
-    An item: `hr` 3 side side uint8; with a degradation `lr` 3 side/scale side/scale uint8;
-    `caption` and `name`, both strings. DataError when there are no pictures, or when hardly any of
+    An item: `hr` 3 side side uint8; with a degradation `lr` 3 side/scale side/scale uint8 and
+    `damage`, its steps with "; " between them; `caption` and `name`, both strings. DataError when there are no pictures, or when hardly any of
     them can be used.
     """
 
@@ -249,9 +253,13 @@ class Pictures(Dataset):
         item = {"hr": _tensor(hr)}
         if self.degradation:
             how = self.degradation
-            seed = int(rng.integers(2**63))
-            low = degrade.degrade(hr, kind=how.kind, mix=how.mix, scale=how.scale, seed=seed)
-            item["lr"] = _tensor(low)
+            seed, trace = int(rng.integers(2**63)), []
+            low = np.zeros((self.crop // how.scale, self.crop // how.scale, 3), np.uint8)
+            if rng.random() < how.share:
+                low = degrade.degrade(
+                    hr, kind=how.kind, mix=how.mix, scale=how.scale, seed=seed, trace=trace
+                )
+            item |= {"lr": _tensor(low), "damage": "; ".join(trace)}
         return item | {"caption": entry.words(), "name": entry.name}
 
     def _usable(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, Entry]:

@@ -97,8 +97,11 @@ def load_encoder(
     return TextEncoder(tokenizer, model.float().requires_grad_(False).eval(), source, commit)
 
 
-def tokenize(encoder: TextEncoder, text: str) -> tuple[Tensor, str]:
-    """(ids 1 n, the text that they hold): cut to the encoder's length, padded with `PAD`."""
+def tokenize(encoder: TextEncoder, text: str, *, quiet: bool = False) -> tuple[Tensor, str]:
+    """(ids 1 n, the text that they hold): cut to the encoder's length, padded with `PAD`.
+
+    quiet: do not say what was cut.
+    """
     tokenizer, length = encoder.tokenizer, encoder.tokenizer.model_max_length
     found = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids, kept = found["input_ids"], text
@@ -106,7 +109,8 @@ def tokenize(encoder: TextEncoder, text: str) -> tuple[Tensor, str]:
         # As truncation does it: the end token stays.
         ids = [*ids[: length - 1], ids[-1]]
         kept = text[: found["offset_mapping"][length - 2][1]]
-        warn(f"{count} tokens are more than {length}: the text ends after {kept[-40:]!r}")
+        if not quiet:
+            warn(f"{count} tokens are more than {length}: the text ends after {kept[-40:]!r}")
     return torch.tensor([ids + [PAD] * (length - len(ids))]), kept
 
 

@@ -120,8 +120,8 @@ def plan(networks: dict[str, nn.Module], *, steps: int, batch: int, crop: int) -
 
 
 def gib(count: float) -> str:
-    """Bytes in GiB, two digits behind the point."""
-    return f"{count / GIB:.2f} GiB"
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
 
 
 class _Watch:

@@ -7,6 +7,7 @@ whole batch, so that several processes take the very step that one would.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -28,6 +29,11 @@ class Processes:
         self.index = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.first = self.accelerator.is_main_process
+        if (started := int(os.environ.get("WORLD_SIZE", "1"))) != self.count:
+            raise ValueError(
+                f"started as one of {started} processes, but here they have no way to talk to each "
+                "other: launch with --cpu (and --device cpu), or where there are GPUs"
+            )
 
     def wait(self) -> None:
         """Until all are here."""

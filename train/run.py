@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -55,7 +57,10 @@ class Run:
         self.state_path = self.folder / "state.pt"
         self.average: float | None = None
         self.bad = self.skipped = 0
-        self.stop = False
+        self.stop = self.asked = False
+        # Several processes must agree on the step after which they stop: a script sets this to
+        # False, makes `asked` common to all, and then sets `stop`.
+        self.alone = True
         self.bar: tqdm | None = None
         config = json.loads(json.dumps(config))
         path = self.folder / "config.json"
@@ -77,7 +82,8 @@ class Run:
         """Let Ctrl-C and a polite kill finish the step in hand and save."""
 
         def handler(*_: Any) -> None:
-            self.stop = True
+            self.asked = True
+            self.stop = self.stop or self.alone
 
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, handler)
@@ -130,6 +136,12 @@ class Run:
         for name, value in finite.items():
             if value is not None:
                 self.board.add_scalar(name, value, step)
+
+    def show(self, step: int, *sheets: Path) -> None:
+        """Pictures of the run folder in TensorBoard, by their names."""
+        for path in sheets:
+            with Image.open(path) as image:
+                self.board.add_image(path.stem, np.asarray(image), step, dataformats="HWC")
 
     def accept(self, loss: Tensor | float) -> bool:
         """Whether a step with this loss may be taken; counts the others.

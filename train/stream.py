@@ -25,12 +25,16 @@ FIXED = 2**40
 
 
 class Batch(NamedTuple):
-    """Pictures in [-1, 1]: hr b 3 s s, lr b 3 s/scale s/scale (None without), captions, keys."""
+    """Pictures in [-1, 1]: hr b 3 s s, lr b 3 s/scale s/scale (None without), captions, keys.
+
+    damage: steps that made each lr; empty for those without a damaged copy, and of ready pairs.
+    """
 
     hr: Tensor
     lr: Tensor | None
     captions: list[str]
     keys: list[int]
+    damage: list[str] | None = None
 
 
 class Draw(NamedTuple):
@@ -139,7 +143,8 @@ class Stream:
         items = [self.pictures[FIXED, place] for place in places]
         parts = {k: torch.stack([item[k] for item in items]) for k in ("hr", "lr") if k in items[0]}
         captions = [item["caption"] for item in items]
-        return Batch(scaled(parts["hr"]), scaled(parts.get("lr")), captions, keys)
+        damage = [item.get("damage", "") for item in items]
+        return Batch(scaled(parts["hr"]), scaled(parts.get("lr")), captions, keys, damage)
 
     def _keys(self, start: int) -> Iterator[list[int]]:
         at = start * self.batch + self.rank
@@ -166,7 +171,8 @@ class Stream:
         loader = DataLoader(self.pictures, self.micro, sampler=order, num_workers=self.workers)
         for keys, item in zip(self._keys(start), self.pictures.watch(loader), strict=False):
             hr, lr = (scaled(item.get(part)) for part in ("hr", "lr"))
-            yield Batch(hr, lr, list(item["caption"]), keys)
+            damage = list(item.get("damage", [""] * len(keys)))
+            yield Batch(hr, lr, list(item["caption"]), keys, damage)
 
 
 def scaled(pixels: Tensor | None) -> Tensor | None:
