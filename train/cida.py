@@ -318,6 +318,7 @@ def train(settings: Settings, out: Path, device: str = "auto") -> Path:
     )
     config = {**dataclasses.asdict(settings), "base_sha256": networks.sha256}
     run = Run(out, config, free=FREE, writes=processes.first)
+    run.alone = processes.count == 1
     run.catch_signals()
     training = Training(settings, networks, processes, run)
     first = run.load_parts(**training.parts())
@@ -332,6 +333,8 @@ def train(settings: Settings, out: Path, device: str = "auto") -> Path:
     for step in run.steps(first, settings.steps, images=settings.batch):
         started = time.perf_counter()
         values = training.step(batches, step - 1)
+        # One process may have been asked to stop: all of them do, after the same step.
+        run.stop = processes.mean({"asked": float(run.asked)})["asked"] > 0
         if step % settings.log_every == 0 or step == 1:
             seconds = time.perf_counter() - started
             if processes.device.type == "cuda":
