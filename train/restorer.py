@@ -102,7 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="folder of shards made by train.pairs")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--autoencoder", help="run folder of train.autoencoder to begin from")
-    parser.add_argument("--init", help="run folder of train.restorer to begin from instead")
+    parser.add_argument(
+        "--init",
+        help="run folder of train.restorer to begin from instead, its discriminator included",
+    )
     parser.add_argument("--name", default="GenDR-Tiny", help="written into the exported file")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=8)
@@ -193,6 +196,10 @@ def main(argv: list[str] | None = None) -> None:
     if discriminator is not None:
         judge = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
         state |= {"discriminator": discriminator, "judge": judge}
+        if args.init and (earlier := Path(args.init) / "state.pt").exists():
+            found = torch.load(earlier, map_location="cpu", weights_only=True).get("discriminator")
+            if found is not None:
+                discriminator.load_state_dict(found)
     first = run.load_parts(**state)
 
     def save(step: int) -> None:
