@@ -117,6 +117,11 @@ def main(argv: list[str] | None = None) -> None:
         default=3e-4,
         help="of the autoencoder, which has no normalisation: 6e-4 drove its activations to 1e5",
     )
+    parser.add_argument(
+        "--freeze-encoder",
+        action="store_true",
+        help="keep the latent: a base that was trained in it still fits",
+    )
     parser.add_argument("--warmup", type=int, default=250)
     parser.add_argument(
         "--teacher-share", type=float, default=0.85, help="the rest is the clean crop"
@@ -173,8 +178,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         parser.error("give --autoencoder or --init: the latent must come from somewhere")
     network.to(device, memory_format=torch.channels_last).requires_grad_(True)
-    for linear in (network.vae.encoder.linear, network.vae.decoder.linear):
-        linear.requires_grad_(False)
+    fixed = [network.vae.encoder.linear, network.vae.decoder.linear]
+    if args.freeze_encoder:
+        fixed.append(network.vae.encoder)
+    for part in fixed:
+        part.requires_grad_(False)
     trained = [p for p in network.parameters() if p.requires_grad]
     own = {id(p) for p in network.vae.parameters()}
     groups = [
