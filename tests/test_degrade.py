@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train import degrade
+from train import codecs, degrade, kernels, noise
+from train.draws import Draws
 
 
 def picture(seed: int, side: int = 96) -> np.ndarray:
@@ -34,7 +35,7 @@ def psnr(a, b) -> float:
 def quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "codecs not available")
-        degrade.codecs()
+        codecs.available()
         yield
 
 
@@ -87,34 +88,34 @@ def test_wrong_input_is_named(hr, kind, words):
 
 
 def test_kernels_sum_to_one_and_are_symmetric():
-    sample = degrade._Sample(np.random.default_rng(0), [])
+    draws = Draws(np.random.default_rng(0), [])
     for _ in range(300):
-        kernel = degrade.draw_kernel(sample, degrade.REALESRGAN.stages[0].kernels)
+        kernel = kernels.draw_kernel(draws, degrade.REALESRGAN.stages[0].kernels)
         assert kernel.shape[0] == kernel.shape[1]
         assert 7 <= kernel.shape[0] <= 21
         assert kernel.shape[0] % 2 == 1
         assert abs(kernel.sum() - 1) < 1e-6
         # the filter runs in the frequency domain, where only such kernels need no turning
         np.testing.assert_allclose(kernel, kernel[::-1, ::-1], atol=1e-12)
-    kinds = {line.split()[0] for line in sample.trace}
-    assert kinds == {"sinc", *(kind for kind, _ in degrade.Kernels(sigma=(1, 1)).kinds)}
+    kinds = {line.split()[0] for line in draws.trace}
+    assert kinds == {"sinc", *(kind for kind, _ in kernels.Kernels(sigma=(1, 1)).kinds)}
 
 
 @pytest.mark.parametrize("sigma", [0.8, 1.5, 3.0])
 def test_gaussian_kernel_has_its_sigma(sigma):
-    kernel = degrade.gaussian_kernel(31, sigma)
+    kernel = kernels.gaussian_kernel(31, sigma)
     at = np.arange(31) - 15
     assert math.sqrt((kernel.sum(0) * at**2).sum()) == pytest.approx(sigma, rel=0.01)
 
 
 def test_anisotropic_kernel_is_long_along_its_angle():
-    kernel = degrade.gaussian_kernel(21, 3.0, 0.5, angle=math.pi / 4)
+    kernel = kernels.gaussian_kernel(21, 3.0, 0.5, angle=math.pi / 4)
     at = np.arange(21) - 10
     assert (kernel * at[None] * at[:, None]).sum() > 3  # x and y grow together
 
 
 def test_sinc_kernel_passes_and_stops():
-    kernel = degrade.sinc_kernel(21, math.pi / 3)
+    kernel = kernels.sinc_kernel(21, math.pi / 3)
     response = np.abs(np.fft.fft2(kernel, s=(84, 84)))
     assert response[0, 5] == pytest.approx(1, abs=0.15)  # 5/84 cycles: below the cut-off of 14/84
     assert response[0, 30] < 0.1
@@ -123,7 +124,7 @@ def test_sinc_kernel_passes_and_stops():
 @pytest.mark.parametrize(("h", "w", "side"), [(40, 33, 7), (40, 33, 21), (5, 3, 21), (1, 2, 9)])
 def test_blur_equals_a_direct_convolution(h, w, side):
     x = torch.rand(3, h, w)
-    kernel = degrade.gaussian_kernel(side, 2.0, 1.0, 0.5, "plateau", 1.5)
+    kernel = kernels.gaussian_kernel(side, 2.0, 1.0, 0.5, "plateau", 1.5)
     reach = side // 2
     padded = x.numpy()
     mode = "symmetric" if min(h, w) == 1 else "reflect"
@@ -131,21 +132,21 @@ def test_blur_equals_a_direct_convolution(h, w, side):
     padded = np.pad(padded, ((0, 0), (reach, reach), (0, 0)), mode=mode)
     weight = torch.from_numpy(kernel).float()[None, None]
     expected = torch.nn.functional.conv2d(torch.from_numpy(padded)[:, None], weight)[:, 0]
-    torch.testing.assert_close(degrade.blur(x, kernel), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(kernels.blur(x, kernel), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 10.0, 30.0])
 @pytest.mark.parametrize("grey", [False, True])
 def test_gaussian_noise_has_its_sigma(sigma, grey):
     x = torch.full((3, 128, 128), 0.5)
-    noise = degrade.gaussian_noise(x, sigma, grey, np.random.default_rng(0)) - x
-    assert float(noise.std() * 255) == pytest.approx(sigma, rel=0.05)
-    assert bool((noise[0] == noise[1]).all()) == grey
+    added = noise.gaussian_noise(x, sigma, grey, np.random.default_rng(0)) - x
+    assert float(added.std() * 255) == pytest.approx(sigma, rel=0.05)
+    assert bool((added[0] == added[1]).all()) == grey
 
 
 @pytest.mark.parametrize("mean", [0.3, 2.0, 6.0, 60.0, 250.0])
 def test_poisson_counts_have_mean_variance_and_skew(mean):
-    counts = degrade._poisson(np.random.default_rng(0), np.full(60_000, mean, np.float32))
+    counts = noise._poisson(np.random.default_rng(0), np.full(60_000, mean, np.float32))
     counts = counts.astype(np.float64)
     assert counts.min() >= 0
     assert np.array_equal(counts, counts.round())
@@ -158,28 +159,28 @@ def test_poisson_counts_have_mean_variance_and_skew(mean):
 def test_poisson_noise_grows_with_light():
     x = torch.full((3, 96, 96), 0.1)
     x[:, 48:] = 0.9
-    noise = degrade.poisson_noise(x, 1.0, True, np.random.default_rng(0)) - x
-    assert torch.equal(noise[0], noise[2])
-    assert float(noise[:, 48:].std() / noise[:, :48].std()) == pytest.approx(3, rel=0.15)
+    added = noise.poisson_noise(x, 1.0, True, np.random.default_rng(0)) - x
+    assert torch.equal(added[0], added[2])
+    assert float(added[:, 48:].std() / added[:, :48].std()) == pytest.approx(3, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
 def test_quality_is_monotone(name):
     hr = picture(4)
-    values = [psnr(degrade.compress(hr, name, q), hr) for q in (20, 40, 60, 80, 95)]
+    values = [psnr(codecs.compress(hr, name, q), hr) for q in (20, 40, 60, 80, 95)]
     assert values == sorted(values)
     assert values[-1] - values[0] > 4
 
 
-@pytest.mark.parametrize("name", sorted(degrade.VIDEO_ENCODERS))
+@pytest.mark.parametrize("name", sorted(codecs.VIDEO_ENCODERS))
 def test_video_codecs_follow_their_quantiser(name):
-    if not degrade.codecs()[name]:
+    if not codecs.available()[name]:
         pytest.skip(f"{name}: PyAV or this encoder is not installed")
     hr = picture(5, 48)[:47, :45]
     codec = next(c for c in degrade.APISR.codecs if c.name == name)
-    good, bad = (degrade.compress(hr, name, q) for q in codec.quality)
+    good, bad = (codecs.compress(hr, name, q) for q in codec.quality)
     assert good.shape == bad.shape == hr.shape
-    assert degrade.compress(hr[:7, :8], name, codec.quality[0]).shape == (7, 8, 3)
+    assert codecs.compress(hr[:7, :8], name, codec.quality[0]).shape == (7, 8, 3)
     assert psnr(good, hr) > psnr(bad, hr) + 2
 
 
@@ -193,23 +194,20 @@ def chi_square(counts: dict[str, int], expected: dict[str, float]) -> tuple[floa
 @pytest.mark.parametrize("everything", [False, True])
 def test_codecs_are_drawn_by_their_weights(everything, monkeypatch):
     if everything:  # as if PyAV were there: the draws do not need it
-        monkeypatch.setattr(
-            degrade, "codecs", lambda: dict.fromkeys(degrade.codecs.__wrapped__(), 1)
-        )
         names = [c.name for c in degrade.APISR.codecs]
-        monkeypatch.setattr(degrade, "codecs", lambda: dict.fromkeys(names, True))
-    sample = degrade._Sample(np.random.default_rng(1))
+        monkeypatch.setattr(codecs, "available", lambda: dict.fromkeys(names, True))
+    draws = Draws(np.random.default_rng(1))
     for table in (degrade.APISR.codecs, degrade.APISR.stages[0].codecs):
-        expected = degrade.shares(table)
+        expected = codecs.shares(table)
         counts: dict[str, int] = {}
         for _ in range(3000):
-            name = sample.pick(tuple(expected.items()))
+            name = draws.pick(tuple(expected.items()))
             counts[name] = counts.get(name, 0) + 1
         value, limit = chi_square(counts, expected)
         assert set(counts) == set(expected)
         assert value < limit
     if everything:
-        assert degrade.shares(degrade.APISR.codecs) == pytest.approx(
+        assert codecs.shares(degrade.APISR.codecs) == pytest.approx(
             {c.name: c.weight for c in degrade.APISR.codecs}
         )
 
@@ -218,8 +216,8 @@ def test_missing_codecs_are_dropped_and_told_once(monkeypatch):
     def broken(*_):
         raise ModuleNotFoundError("No module named 'av'")
 
-    monkeypatch.setattr(degrade, "_compress_video", broken)
-    degrade.codecs.cache_clear()
+    monkeypatch.setattr(codecs, "_compress_video", broken)
+    codecs.available.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -232,7 +230,7 @@ def test_missing_codecs_are_dropped_and_told_once(monkeypatch):
         assert "h264" not in shares
         assert shares["webp"] / shares["jpeg"] == pytest.approx(10 / 6)
     finally:
-        degrade.codecs.cache_clear()
+        codecs.available.cache_clear()
 
 
 def test_tables_are_whole():
@@ -241,8 +239,11 @@ def test_tables_are_whole():
             assert sum(w for _, w in stage.kernels.kinds) == pytest.approx(1)
             resize = stage.resize
             assert resize.up + resize.down + resize.keep == pytest.approx(1)
-        assert sum(c.weight for c in table.codecs) == pytest.approx(1)
-    assert sum(w for _, w in degrade.VIDEO_PRESETS) == pytest.approx(1)
+        tables = [table.codecs, *(s.codecs for s in table.stages if s.codecs)]
+        for weighted in tables:
+            assert sum(c.weight for c in weighted) == pytest.approx(1)
+            assert {c.name for c in weighted} <= set(codecs.available())
+    assert sum(w for _, w in codecs.VIDEO_PRESETS) == pytest.approx(1)
     for mix in degrade.MIXES.values():
         assert sum(mix.values()) == pytest.approx(1)
         assert set(mix) < set(degrade.KINDS)
