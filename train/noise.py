@@ -44,8 +44,8 @@ def gaussian_noise(
 def poisson_noise(
     x: torch.Tensor, strength: float, grey: bool, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Add shot noise to `c h w` in [0,1]; the light level is the power of two that holds the
-    picture's distinct values, as in Real-ESRGAN; not clamped."""
+    """Add shot noise to `c h w` in [0,1]; the light level is the power of two, at least 2, that
+    holds the picture's distinct values, as in Real-ESRGAN; not clamped."""
     clean = (x * 255).round().clamp(0, 255).to(torch.uint8)
     if grey:
         weights = torch.tensor([0.2989, 0.5870, 0.1140])[:, None, None]
