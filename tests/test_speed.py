@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -365,8 +366,12 @@ def test_the_compiled_functions_are_used_and_taken_away(tiny_checkpoint, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("GENDR_SLOW_TESTS"),
+    reason="the compiler takes minutes: GENDR_SLOW_TESTS=1 runs this",
+)
 def test_compiled_for_real(tiny_checkpoint):
-    """Half a minute on two cores; skipped where there is no C++ compiler to call."""
+    """Skipped, too, where there is no C++ compiler to call."""
     model = gendr.load(tiny_checkpoint, device="cpu", dtype="fp32", speed="compile")
     x = rand(1, 3, 16, 16)
     y, report = model.restore_with_report(x, 2)
