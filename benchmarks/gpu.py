@@ -313,7 +313,8 @@ class Run:
         rows: dict[str, dict[str, Any]] = {}
         asked = {"size": size, "scale": 4.0, "tile": tile, "limit": limit}
         # The second picture of a size is what records graphs; it isn't counted either.
-        for number in range(2 + (3 if size > 2048 else 7)):
+        repeats = 1 if self.dry else 3 if size > 2048 else 7
+        for number in range(2 + repeats):
             for v, worker in workers.items():
                 first = number == 1
                 try:
@@ -327,7 +328,8 @@ class Run:
                 else:
                     row["seconds"].append(answer["wall"])
                     row["events"] = answer["events"]
-        return [{**row, "variant": v, **asked} for v, row in rows.items()]
+        settings = {"asked_tile": tile, "limit_gib": limit}
+        return [{**row, "variant": v, "size": size, **settings} for v, row in rows.items()]
 
     def restored_table(self, rows: list[dict[str, Any]]) -> str:
         """Seconds, seconds per megapixel, memory."""
