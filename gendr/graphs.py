@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -190,7 +190,8 @@ class Graphs:
             made = self.recorder.record(fn, x)
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
-            if self.is_oom(error):
+            # Ending a recording that ran out of memory may raise something else on top of it.
+            if any(self.is_oom(one) for one in behind(error)):
                 self.refused[key] = "graph: not enough memory to record this size, it ran eagerly"
                 reason = ""
             else:
@@ -212,6 +213,13 @@ class Graphs:
         """Let go of every recording and of the pool."""
         self.kept.clear()
         self.recorder.forget()
+
+
+def behind(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that were being handled when it was raised."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 class CudaRecorder:

@@ -187,6 +187,21 @@ def test_what_can_not_be_recorded_runs_eagerly(error, words, tries):
     assert card.recorder.asked == tries
 
 
+def test_out_of_memory_under_another_error_is_out_of_memory():
+    class Broken(Rerun):
+        def record(self, fn, x):
+            try:
+                raise MemoryError
+            finally:
+                raise RuntimeError("capture was invalidated")
+
+    card = Card(recorder=Broken())
+    for _ in range(2):
+        card.run(rand(2, 4))
+    assert not card.graphs.off
+    assert "not enough memory" in card.told[0]
+
+
 def test_out_of_memory_in_a_replay_lets_go_of_everything():
     card = Card()
     x = rand(2, 4)
