@@ -2,35 +2,34 @@
 
 A: what a person composes from public parts: text encoder, scheduler step, plain diffusers, float32.
 B: plain diffusers with the prompt's embedding kept, in the dtype that ours runs in.
-C: ours, folded, as `gendr` runs it. D: ours in float32, which shows what folding alone changes.
+C: ours, folded, run eagerly. D: ours on the fast path (`gendr.speed`). E: ours in float32, which
+shows what folding alone changes. A and B need diffusers, A transformers too; they are imported
+when they are asked for.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.utils import logging
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from gendr.onestep import OneStep, StepConfig, folded_config
 from gendr.schedule import BETA_END, BETA_START, STEPS, alpha_bar, beta_bar
+from gendr.speed import Eager
 from gendr.unet import UNetConfig
 from gendr.vae import VAE, VAEConfig
 
 from .macs import Stage
 
-# Advice for other ways of loading than the one here.
-logging.set_verbosity_error()
-
 NAMES = {
     "A": "users' composition, fp32",
     "B": "plain, fixed prompt",
     "C": "gendr",
-    "D": "gendr, fp32",
+    "D": "gendr, fast path",
+    "E": "gendr, fp32",
 }
 # The text encoder of Stable Diffusion 2.1; the vocabulary's start and end, and its padding.
 TOKENS, WIDTH = 77, 1024
@@ -66,6 +65,16 @@ class Plain:
         steps: list[Stage] = [("encode", self.encode), ("UNet", self.step), ("decode", self.decode)]
         return steps if self.text is None else [("prompt", self.prompt), *steps]
 
+    def whole(self) -> Callable[[Tensor], Tensor]:
+        """All stages one after another."""
+
+        def run(x: Tensor) -> Tensor:
+            for _, stage in self.stages():
+                x = stage(x)
+            return x
+
+        return run
+
     def prompt(self, x: Tensor) -> Tensor:
         """Run the text encoder; the picture passes by."""
         ids = torch.full((1, TOKENS), PADDING, device=x.device)
@@ -99,19 +108,30 @@ class Plain:
 
 
 class Ours:
-    """The folded network, as `GenDR` runs it."""
+    """The folded network, as `GenDR` runs it. runner: of its speed."""
 
-    def __init__(self, network: OneStep):
-        self.network = network
+    def __init__(self, network: OneStep, runner: Eager | None = None):
+        self.network, self.runner, self.told = network, runner or Eager(), []
 
     def stages(self) -> list[Stage]:
         """Names and functions, each taking what the one before gave."""
         n = self.network
-        return [("encode", n.encode), ("UNet", n.step), ("decode", n.decode)]
+        parts = [("encode", n.encode), ("UNet", n.step), ("decode", n.decode)]
+        return [(name, self.through(name, fn)) for name, fn in parts]
+
+    def whole(self) -> Callable[[Tensor], Tensor]:
+        """All stages as one pass, as a tile goes."""
+        n = self.network
+        return self.through("pass", lambda x: n.decode(n.step(n.encode(x))))
+
+    def through(self, name: str, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: self.runner.run(name, fn, x, self.told.append)
 
 
-def scheduler(config: StepConfig) -> DDPMScheduler | None:
+def scheduler(config: StepConfig) -> Any:
     """Diffusers' scheduler where its step is this model's Eq. 2; None where only a formula is."""
+    from diffusers import DDPMScheduler
+
     t = config.t_start
     own = (config.alpha, config.beta)
     if not all(
@@ -136,8 +156,13 @@ def expressible(config: VAEConfig) -> bool:
     return config.patch_size == 1 and config.norm_num_groups > 0 and not config.linear_path
 
 
-def plain_unet(c: UNetConfig) -> UNet2DConditionModel:
+def plain_unet(c: UNetConfig) -> nn.Module:
     """Diffusers' UNet of this shape."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.utils import logging
+
+    # Advice for other ways of loading than the one here.
+    logging.set_verbosity_error()
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(c.attention)]
     return UNet2DConditionModel(
@@ -159,6 +184,8 @@ def plain_vae(c: VAEConfig) -> nn.Module:
     """Diffusers' autoencoder of this shape, or ours where diffusers has none."""
     if not expressible(c):
         return VAE(c)
+    from diffusers import AutoencoderKL
+
     levels = len(c.block_out_channels)
     return AutoencoderKL(
         latent_channels=c.latent_channels,
@@ -173,8 +200,10 @@ def plain_vae(c: VAEConfig) -> nn.Module:
     )
 
 
-def text_encoder() -> CLIPTextModel:
+def text_encoder() -> nn.Module:
     """The text encoder of Stable Diffusion 2.1, 340,387,840 parameters."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408,
@@ -200,7 +229,7 @@ def on_meta(
     """(composition without weights, bytes of its weights), for counting."""
     vae_dtype, unet_dtype = dtypes
     with torch.device("meta"):
-        if letter in "CD":
+        if letter in "CDE":
             network = OneStep(folded_config(config, 1, tokens))
             for name, child in network.named_children():
                 child.to(unet_dtype if name == "unet" else vae_dtype)

@@ -12,6 +12,7 @@ beside this file.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,9 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 
 from gendr import devices
 
@@ -42,6 +41,14 @@ ROOM = 1.5
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "i8mm")
 
 
+# Carried packages lie behind the installed ones, which PYTHONPATH can't say (benchmarks/gpu.sh).
+WORKER = (
+    "import os, sys; path = os.environ.get('GENDR_PATH'); "
+    "sys.path[:] = path.split(os.pathsep) if path else sys.path; "
+    "from benchmarks import worker; worker.main()"
+)
+
+
 class Failed(RuntimeError):
     """A worker gave an error instead of numbers, or ended."""
 
@@ -52,7 +59,7 @@ class Worker:
     def __init__(self, spec: dict[str, Any]):
         self.spec = spec
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(spec)],
+            [sys.executable, "-c", WORKER, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -117,7 +124,7 @@ class Bench:
         counted: dict[str, Any] = {}
         for letter in self.args.variants:
             made, weights = on_meta(
-                letter, self.model.config, self.model.tokens, exact if letter in "AD" else ours
+                letter, self.model.config, self.model.tokens, exact if letter in "AE" else ours
             )
             counted[letter] = {"weights": weights, "sizes": {}}
             for size in self.args.sizes:
@@ -226,6 +233,14 @@ class Bench:
             worker.close()
 
 
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
 def load() -> list[float] | None:
     """Load averages of the machine, where it tells."""
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
@@ -242,8 +257,7 @@ def machine(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "load": load(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        **{name: version(name) for name in ("diffusers", "transformers", "triton")},
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
@@ -291,7 +305,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="tiny", help="full, tiny, or a GenDR checkpoint")
     parser.add_argument("--sizes", type=sizes, default=[256, 512], help="edges of the output")
-    parser.add_argument("--variants", default="ABC", help="of A, B, C, D, in any order")
+    parser.add_argument("--variants", default="ABC", help="of A, B, C, D, E, in any order")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="parts of the measurement")
     parser.add_argument("--strips", type=sizes, default=[1024], help="edges for the strips")
@@ -313,8 +327,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.sections = [word for word in args.sections.split(",") if word]
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
-    if not args.variants or set(args.variants) - set("ABCD"):
-        parser.error(f"variants are letters of ABCD, got {args.variants!r}")
+    if not args.variants or set(args.variants) - set("ABCDE"):
+        parser.error(f"variants are letters of ABCDE, got {args.variants!r}")
     if args.growth is None:
         args.growth = [512, 1024] if args.model == "full" else [512, 1024, 2048, 4096]
     if args.repeats < 1 or not args.sizes:

@@ -48,20 +48,24 @@ def full_config() -> StepConfig:
     )
 
 
-def choose(name: str, cache: Path | None) -> Model:
-    """The model by name or path. Without a cache folder nothing is written, and only counts work."""
+def choose(name: str, cache: Path | None, *, texts: bool = True) -> Model:
+    """The model by name or path. Without a cache folder nothing is written, and only counts work.
+
+    texts: False where nothing runs a text encoder; the prompt is then random, too.
+    """
     if name == "full":
         config, title, tokens = full_config(), "full size, random weights", 77
     elif name == "tiny" and not checkpoint.EMBEDDED.exists():
         config = StepConfig(unet=TINY_UNET, vae=TINY_VAE)
         title, tokens = "GenDR-Tiny's shape, random weights", TINY_UNET.tokens
     else:
-        return from_file(checkpoint.EMBEDDED if name == "tiny" else Path(name), cache)
+        return from_file(checkpoint.EMBEDDED if name == "tiny" else Path(name), cache, texts)
     if cache is None:
         return Model(title, config, tokens, None)
     cache.mkdir(parents=True, exist_ok=True)
-    text = random_text(cache) if has_text_encoder(config.unet, tokens) else None
-    file = cache / f"{name}-random-{SEED}.safetensors"
+    text = random_text(cache) if texts and has_text_encoder(config.unet, tokens) else None
+    kind = "" if texts else "-no-text"
+    file = cache / f"{name}-random{kind}-{SEED}.safetensors"
     if not file.exists():
         state = random_step(config)
         state["embeds.positive"] = prompt(text, config, tokens).to(STORED)
@@ -70,7 +74,7 @@ def choose(name: str, cache: Path | None) -> Model:
     return Model(title, config, tokens, file, text)
 
 
-def from_file(path: Path, cache: Path | None) -> Model:
+def from_file(path: Path, cache: Path | None, texts: bool) -> Model:
     """A checkpoint; its text encoder is not part of it, so A runs a random one for its cost."""
     facts = checkpoint.describe(path)
     if facts.get("format") != checkpoint.FORMAT:
@@ -81,7 +85,7 @@ def from_file(path: Path, cache: Path | None) -> Model:
     config = StepConfig.from_dict(facts["config"])
     tokens = checkpoint.read(path)[1]["embeds.positive"].shape[1]
     text = None
-    if cache is not None and has_text_encoder(config.unet, tokens):
+    if texts and cache is not None and has_text_encoder(config.unet, tokens):
         cache.mkdir(parents=True, exist_ok=True)
         text = random_text(cache)
     return Model(str(facts["name"]), config, tokens, path, text, own_prompt=False)

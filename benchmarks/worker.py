@@ -24,11 +24,16 @@ from torch import Tensor
 import gendr
 from gendr import checkpoint, devices
 from gendr.onestep import StepConfig
+from gendr.speed import Graphed, Speed
 from gendr.strips import Strips
 
 from .compositions import Ours, Plain, plain_unet, plain_vae
 from .memory import Watch
+from .rerun import Rerun
 from .weights import load_text
+
+# Passes before the first that is timed: kernels are loaded and chosen, graphs recorded.
+WARM = 3
 
 Answer = dict[str, Any]
 Distance = dict[str, float | None]
@@ -39,7 +44,7 @@ class Variant:
 
     def __init__(self, spec: dict[str, Any]):
         self.device = torch.device(spec["device"])
-        self.made = ours(spec).made if spec["letter"] in "CD" else plain(spec, self.device)
+        self.made = ours(spec).made if spec["letter"] in "CDE" else plain(spec, self.device)
 
     @torch.inference_mode()
     def run(self, size: int, watch: bool, save: str | None) -> Answer:
@@ -64,24 +69,97 @@ class Variant:
             save_file({"result": x.float().cpu().contiguous()}, save)
         return answer
 
+    @torch.inference_mode()
+    def time(self, size: int, repeats: int) -> Answer:
+        """Milliseconds of every stage and of the whole pass, by the device's own clock.
+
+        The device is idle before each pass, so that launches count. Each pass has another input.
+        """
+        inputs = [(2 * picture(size, seed) - 1).to(self.device) for seed in range(3)]
+        times: dict[str, list[float]] = {"pass": []}
+        whole = self.made.whole()
+        for repeat in range(-WARM, repeats):
+            x = inputs[repeat % len(inputs)]
+            row = {"pass": Span(self.device).of(whole, x)[1]}
+            for name, run in self.made.stages():
+                x, row[name] = Span(self.device).of(run, x)
+            for name, span in row.items():
+                if repeat >= 0:
+                    times.setdefault(name, []).append(span.milliseconds())
+        answer: Answer = {"ms": times, "told": sorted(set(getattr(self.made, "told", [])))}
+        if self.device.type == "cuda":
+            answer["reserved"] = torch.cuda.max_memory_reserved(self.device)
+        return answer
+
+
+class Span:
+    """Time on the device between two points, without waiting for it there."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.cuda = device, device.type == "cuda"
+
+    def of(self, run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Span]:
+        """run(x), timed."""
+        devices.synchronize(self.device)
+        self.start = self.now()
+        y = run(x)
+        self.end = self.now()
+        return y, self
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self) -> float:
+        if not self.cuda:
+            return 1000 * (self.end - self.start)
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
+
 
 class Model:
     """The model as `gendr` loads it: for restoring whole pictures and for decoding by strips."""
 
     def __init__(self, spec: dict[str, Any]):
         self.spec, self.device = spec, torch.device(spec["device"])
-        self.loaded = gendr.load(spec["file"], device=spec["device"], dtype=spec["dtype"])
-        self.made = Ours(self.loaded.network)
+        wanted = spec.get("speed", "graph") if spec["letter"] == "D" else "eager"
+        self.loaded = gendr.load(
+            spec["file"], device=spec["device"], dtype=spec["dtype"], speed=wanted
+        )
+        if wanted == "graph" and spec.get("rerun"):
+            # A dry run: everything but the card.
+            model = self.loaded
+            model.runner = Graphed(model.network, self.device, recorder=Rerun())
+            model.speed = Speed("graph")
+        self.made = Ours(self.loaded.network, self.loaded.runner)
 
-    def restore(self, size: int, scale: float, reference: bool, watch: bool) -> Answer:
-        """`GenDR.restore` to size x size; reference: also in float32 and one pass, to compare."""
+    def restore(
+        self,
+        size: int,
+        scale: float,
+        reference: bool,
+        watch: bool,
+        tile: int = 0,
+        limit: float | None = None,
+    ) -> Answer:
+        """`GenDR.restore` to size x size; reference: also in float32 and one pass, to compare.
+
+        limit: GiB that weights and everything else may take; None = what is free.
+        """
         image = picture(round(size / scale))
+        options: dict[str, Any] = {"tile": tile}
+        if limit is not None:
+            weights = sum(p.numel() * p.element_size() for p in self.loaded.network.parameters())
+            options["free_bytes"] = max(0, int(limit * 2**30) - weights)
         self.loaded.restore(image[..., :16, :16], scale)
         memory = Watch(self.device)
         if watch:
             memory.__enter__()
         started = clock(self.device)
-        y, report = self.loaded.restore_with_report(image, scale)
+        y, report = self.loaded.restore_with_report(image, scale, **options)
         wall, cpu = (b - a for a, b in zip(started, clock(self.device), strict=True))
         answer = {"wall": wall, "cpu": cpu, **report.as_dict()}
         if watch:
@@ -130,8 +208,8 @@ class Model:
 
 
 def ours(spec: dict[str, Any]) -> Model:
-    """Variants C and D."""
-    return Model({**spec, "dtype": "fp32"} if spec["letter"] == "D" else spec)
+    """Variants C, D and E."""
+    return Model({**spec, "dtype": "fp32"} if spec["letter"] == "E" else spec)
 
 
 def plain(spec: dict[str, Any], device: torch.device) -> Plain:
@@ -162,9 +240,9 @@ def plain(spec: dict[str, Any], device: torch.device) -> Plain:
     )
 
 
-def picture(size: int) -> Tensor:
+def picture(size: int, seed: int = 0) -> Tensor:
     """A picture 1 3 size size in [0, 1], the same every time: noise at every scale."""
-    generator = torch.Generator().manual_seed(size)
+    generator = torch.Generator().manual_seed(size + 65537 * seed)
     total = torch.full((1, 3, size, size), 0.5)
     for edge in (4, 16, 64, 256, 1024):
         if edge <= size:

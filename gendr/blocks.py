@@ -1,17 +1,21 @@
 """What the UNet and the VAE are built from. Parameter names are those of diffusers.
 
 Every block takes an `operations` namespace (`Linear`, `Conv2d`, `GroupNorm`, `LayerNorm`), `torch.nn`
-by default, so that a host can pass layers that hold their weights elsewhere.
+by default, so that a host can pass layers that hold their weights elsewhere. `fast` is set by
+`gendr.speed` where it pays: the same map in fewer passes over memory, equal up to rounding.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from . import fused
 
 # Above this many bytes of attention weights the queries go in chunks; the result is the same.
 ATTENTION_BYTES = 256 * 2**20
@@ -38,17 +42,33 @@ def phase_kernels(weight: Tensor) -> Tensor:
 
     weight: o i 3 3. Sums are taken in float32 and rounded once to the weight's dtype.
     """
-    rows = torch.tensor(PHASES, device=weight.device, dtype=torch.float32)
+    rows = phase_rows(weight.device)
     kernels = torch.einsum("pay,oiyx,qbx->pqoiab", rows, weight.float(), rows)
     return kernels.to(weight.dtype)
 
 
-def phase_upsample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv3x3(nearest2x(x))` in 16 instead of 36 products per input pixel: b c h w -> b o 2h 2w."""
+@functools.lru_cache
+def phase_rows(device: torch.device) -> Tensor:
+    """`PHASES` on a device, once: a copy from the host would wait for the device in every call."""
+    # Neither an inference tensor nor a fake one, whoever is first to ask.
+    with torch.inference_mode(False):
+        return torch.tensor(PHASES, device=device, dtype=torch.float32)
+
+
+def phase_upsample(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, keep_order: bool = False
+) -> Tensor:
+    """`conv3x3(nearest2x(x))` in 16 instead of 36 products per input pixel: b c h w -> b o 2h 2w.
+
+    keep_order: the result lies in memory as x does; else its rows lie side by side.
+    """
     b, _, h, w = x.shape
     kernels = phase_kernels(weight)
     padded = F.pad(x, (1, 1, 1, 1))
-    out = x.new_empty(b, weight.shape[0], 2 * h, 2 * w)
+    last = keep_order and x.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    size = (b, weight.shape[0], 2 * h, 2 * w)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
     for p in range(2):
         for q in range(2):
             window = padded[:, :, p : p + h + 1, q : q + w + 1]
@@ -74,6 +94,8 @@ class ResnetBlock(nn.Module):
     the first convolution's bias.
     """
 
+    fast = False
+
     def __init__(
         self,
         inputs: int,
@@ -93,6 +115,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = operations.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        if self.fast and self.time_emb_proj is None:
+            return self.in_few_passes(x)
         # One name for every step: what is still called something stays in memory.
         h = self.norm1(x)
         h = F.silu(h)
@@ -103,6 +127,17 @@ class ResnetBlock(nn.Module):
         h = F.silu(h)
         h = self.conv2(h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def in_few_passes(self, x: Tensor) -> Tensor:
+        """The same; every bias is added by the pass that comes anyway."""
+        h = fused.norm(x, self.norm1)
+        h = fused.convolve(self.conv1, h)
+        h = fused.norm(h, self.norm2, self.conv1.bias)
+        h = fused.convolve(self.conv2, h)
+        if self.conv_shortcut is None:
+            return fused.add(h, x, self.conv2.bias)
+        x = fused.convolve(self.conv_shortcut, x)
+        return fused.add(h, x, self.conv2.bias, self.conv_shortcut.bias)
 
 
 class Downsample(nn.Module):
@@ -127,6 +162,8 @@ class Upsample(nn.Module):
     no second copy of it.
     """
 
+    fast = False
+
     def __init__(self, channels: int, *, phases: bool = False, operations: Any = nn):
         super().__init__()
         self.phases = phases
@@ -136,7 +173,8 @@ class Upsample(nn.Module):
         if self.phases and x.shape[-2] * x.shape[-1] >= PHASE_POSITIONS:
             # One rounding to the compute dtype, after the sums.
             weight = self.conv.weight.to(x.device, x.dtype)
-            return phase_upsample(x, weight, self.conv.bias.to(x.device, x.dtype))
+            bias = self.conv.bias.to(x.device, x.dtype)
+            return phase_upsample(x, weight, bias, keep_order=self.fast)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -25,6 +25,7 @@ from . import layouts
 from .devices import Precision, choose_device, choose_precision
 from .model import GenDR
 from .onestep import OneStep, Step, StepConfig, Unfolded, build, fold_state
+from .settings import SPEEDS
 from .shapes import CheckpointError, recognise, unet_config, vae_config
 from .unet import UNet
 from .vae import VAE
@@ -49,6 +50,7 @@ def load(
     base: str | Path | None = None,
     fold: bool = True,
     runs_on: str | torch.device | None = None,
+    speed: str = SPEEDS[0],
 ) -> GenDR:
     """A model from a file, ready to run. None = GenDR-Tiny, which is part of the package.
 
@@ -58,6 +60,8 @@ def load(
     device, dtype: "auto" or a name. operations: a host's layers, which cast weights per call.
     fold: False keeps timestep and prompt free, for training.
     runs_on: where a host will compute while the weights lie on `device`; decides the precision.
+    speed: how passes are run, one of `SPEEDS`. "graph" records them on an NVIDIA card, "compile" goes
+    through torch.compile; what can't be had runs eagerly, and the report says why.
 
     FileNotFoundError or CheckpointError with a sentence for what can't be used.
     """
@@ -92,6 +96,7 @@ def load(
         precision=precision,
         device=place,
         casts=operations is not None,
+        speed=speed,
     )
 
 
@@ -374,7 +379,11 @@ def save(path: str | Path, network: Step, header: dict[str, Any], *, dtype: str 
     network: `Unfolded` gives a checkpoint, `OneStep` the folded kind. header: see `make_header`.
     """
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tensors = {k: v.detach().to("cpu", kind).contiguous() for k, v in network.state_dict().items()}
+    # Copies: weights that `gendr.speed` joined share memory, which the format has no word for.
+    tensors = {
+        k: v.detach().to("cpu", kind, copy=True).contiguous()
+        for k, v in network.state_dict().items()
+    }
     header = {
         **header,
         "format": FOLDED if isinstance(network, OneStep) else FORMAT,

@@ -69,6 +69,7 @@ def run_upscale(args: argparse.Namespace, typed: list[str]) -> int:
         base=args.base,
         device=args.device,
         dtype=args.dtype,
+        speed=args.speed,
         form=form,
         quality=args.quality,
         suffix=default_suffix(settings) if args.suffix is None else args.suffix,
@@ -116,7 +117,9 @@ def run_info(args: argparse.Namespace, typed: list[str]) -> int:
 
 
 def run_doctor(args: argparse.Namespace, typed: list[str]) -> int:
-    return doctor.run(args.model, args.base, args.device, args.dtype, as_json=args.json)
+    return doctor.run(
+        args.model, args.base, args.device, args.dtype, as_json=args.json, speed=args.speed
+    )
 
 
 def run_fold(args: argparse.Namespace, typed: list[str]) -> int:

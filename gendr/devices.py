@@ -134,6 +134,13 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
+def exact(device: torch.device) -> torch.device:
+    """The device with its index, as tensors on it name it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that a new allocation on this device can count on."""
     if device.type == "cuda":

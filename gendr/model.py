@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from . import devices, plan
+from . import speed as speeds
 from .devices import Precision
 from .inputs import check_image
 from .onestep import Step
 from .plan import Plan
 from .report import OnProgress, Report
 from .restoration import Restoration
-from .settings import Settings
+from .settings import SPEEDS, Settings
 from .tiles import seam_score
 
 
@@ -26,6 +27,7 @@ class GenDR:
     network: the folded (`OneStep`) or unfolded (`Unfolded`) step.
     precision: dtypes to compute in. casts: the network's layers cast their weights per call to
     what they are given (a host's own layers), so that precision is a matter of the input alone.
+    speed: one of `SPEEDS`; what can't be had on this device runs eagerly, and the report says why.
     """
 
     def __init__(
@@ -36,10 +38,13 @@ class GenDR:
         precision: Precision,
         device: torch.device | str = "cpu",
         casts: bool = False,
+        speed: str = SPEEDS[0],
     ):
         self.network, self.header, self.precision = network, header, precision
         self.device, self.casts = torch.device(device), casts
         self.network.compute = (precision.vae, precision.unet)
+        self.speed = speeds.choose(speed, self.device, network, casts=casts)
+        self.runner = speeds.runner(self.speed, network, self.device)
 
     @property
     def name(self) -> str:
@@ -129,8 +134,11 @@ class GenDR:
             overlap=planned.overlap,
             dtype=self.precision.name,
             device=str(place),
+            speed=self.speed.name,
             events=run.events,
         )
+        if self.speed.reason:
+            run.tell(self.speed.reason)
         with torch.inference_mode():
             for index in range(batch):
                 one = image[index : index + 1].float().clamp(0, 1)
@@ -140,6 +148,7 @@ class GenDR:
             if planned.tiles > 1 and not chosen.seamless:
                 grid = plan.pixel_grid(self.network.config, planned)
                 report.seam_score = seam_score(result[:, : min(3, channels)], grid)
+        report.passes = self.runner.told()
         report.seconds = time.perf_counter() - started
         report.peak_bytes = devices.peak_bytes(place)
         return result, report
@@ -176,6 +185,8 @@ class GenDR:
             device=str(place),
             batched=place.type not in ("cpu", "mps"),
             guidance=guidance,
+            speed=self.speed.name,
+            on_device=self.runner.on_device,
         )
 
     def guidance(self, settings: Settings) -> float:

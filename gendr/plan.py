@@ -27,8 +27,12 @@ STRIP_EXTRA = 400 * 2**20
 PHASE_BYTES = 200
 # float32 planes of the picture that lie around a run: input, enlarged, result, blend, colour fix.
 PLANES = 6
-# Tiles in one pass, where memory allows and the device gains from it.
-BATCH = 4
+# Tiles in one pass, where memory allows and the device gains from it; more of them where the number
+# of launches doesn't count any more.
+BATCH, FEW_LAUNCHES_BATCH = 4, 8
+# float32 pictures of a pass that wait beside it: what a graph reads and writes, and what is on its
+# way to and from the one under way.
+STAGED = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class Plan:
 
     mode: "whole" (one pass), "strips" (the autoencoder over the whole picture in exact strips, the
     UNet in tiles of the latent) or "tiles" (encode, step and decode in tiles).
+    on_device: the whole picture lies on the device, and not in the host's memory.
     target: the tile edge that the grid was fitted to. margin: how far a repeating picture is
     continued past its edges.
     """
@@ -57,6 +62,8 @@ class Plan:
     free_bytes: int
     dtype: str
     device: str
+    speed: str = "eager"
+    on_device: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -75,7 +82,7 @@ class Plan:
         return (
             f"{several}{w}x{h} -> {ow}x{oh} ({oh * ow / 1e6:.1f} MP), {how}; about "
             f"{self.bytes_needed / 2**30:.1f} of {self.free_bytes / 2**30:.1f} GiB free on "
-            f"{self.device}, {self.dtype}"
+            f"{self.device}, {self.dtype}" + ("" if self.speed == "eager" else f", {self.speed}")
         )
 
 
@@ -129,9 +136,13 @@ def make(
     device: str,
     batched: bool,
     guidance: float,
+    speed: str = "eager",
+    on_device: bool = False,
 ) -> Plan:
     """The plan for pictures of height x width.
 
+    on_device: whether the picture should lie on the device; it goes back to the host where
+    that leaves too little for the tiles.
     train_tile: edge in pixels that the model was trained on. bytes_each: of one activation.
     batched: whether the device gains from several tiles in one pass.
     """
@@ -144,12 +155,18 @@ def make(
     margin = overlap if settings.seamless else 0
     padded = tuple(up_to_multiple(side + 2 * margin, m) for side in output)
     planes = PLANES * 3 * 4 * padded[0] * padded[1]
+    if on_device and not fits_beside(config, planes, free, target, bytes_each):
+        # Then it takes nothing of the device's memory.
+        on_device, planes = False, 0
     budget = max(0, int(free * BUDGET) - planes)
     passes = 2 if guidance > 1 else 1
+    fast = speed != "eager"
 
     def needed(h: int, w: int, batch: int, strips: bool) -> int:
         autoencoder = autoencoder_bytes(config, h, w, bytes_each=bytes_each, strips=strips)
-        return max(autoencoder * batch, unet_bytes(config, h, w, bytes_each) * passes * batch)
+        staged = STAGED * 3 * 4 * h * w * batch if fast else 0
+        unet = unet_bytes(config, h, w, bytes_each) * passes
+        return max(autoencoder, unet) * batch + staged
 
     common = Plan(
         input_size=(height, width),
@@ -168,6 +185,8 @@ def make(
         free_bytes=free,
         dtype=dtype,
         device=device,
+        speed=speed,
+        on_device=on_device,
     )
     limit = WHOLE * target
     if max(padded) <= limit or (not settings.tile and padded[0] * padded[1] <= limit * limit):
@@ -181,10 +200,19 @@ def make(
     ):
         grid = latent_grid(config, padded, target, overlap)
         tile = grid.tile_height * f, grid.tile_width * f
-        need = max(
-            autoencoder_bytes(config, *padded, bytes_each=bytes_each, strips=True),
-            unet_bytes(config, *tile, bytes_each) * passes,
-        )
+        most = settings.tile_batch or (FEW_LAUNCHES_BATCH if fast else 1)
+
+        def both(batch: int, strips: bool) -> int:
+            autoencoder = autoencoder_bytes(config, *padded, bytes_each=bytes_each, strips=strips)
+            staged = STAGED * 3 * 4 * padded[0] * padded[1] if fast else 0
+            return max(autoencoder, unet_bytes(config, *tile, bytes_each) * passes * batch) + staged
+
+        batch = even(len(grid), most) if fast else 1
+        while batch > 1 and both(batch, True) > budget:
+            batch -= 1
+        # Strips are many small launches: where those are what counts, only if memory asks for them.
+        strips = not fast or both(batch, False) > budget
+        need = both(batch, strips)
         if need <= budget and len(grid) > 1:
             return replace(
                 common,
@@ -193,7 +221,8 @@ def make(
                 tile=tile,
                 target=target,
                 overlap=overlap,
-                strips=True,
+                tile_batch=batch,
+                strips=strips,
                 bytes_needed=need + planes,
             )
     while True:
@@ -205,7 +234,10 @@ def make(
             break
         target = up_to_multiple(target // 2, m)
         overlap = min(overlap, up_to_multiple(target * OVERLAP_SHARE, f))
-    batch = settings.tile_batch or (BATCH if batched else 1)
+    if fast and not settings.tile_batch:
+        batch = even(len(grid), FEW_LAUNCHES_BATCH if batched else 1)
+    else:
+        batch = settings.tile_batch or (BATCH if batched else 1)
     while batch > 1 and (batch > len(grid) or needed(*tile, batch, False) > budget):
         batch -= 1
     return replace(
@@ -218,6 +250,25 @@ def make(
         tile_batch=batch,
         bytes_needed=needed(*tile, batch, False) + planes,
     )
+
+
+def even(tiles: int, most: int) -> int:
+    """Tiles per pass, at most so many, that leave no rest, or as small a one as can be.
+
+    A rest is a shape of its own, recorded or compiled for a single pass.
+    """
+    most = min(tiles, most)
+    whole = max(n for n in range(1, most + 1) if tiles % n == 0)
+    return whole if 3 * whole >= most else math.ceil(tiles / math.ceil(tiles / most))
+
+
+def fits_beside(config: StepConfig, planes: int, free: int, target: int, bytes_each: int) -> bool:
+    """Whether the planes of a whole picture leave room for one tile of the wanted size."""
+    tile = max(
+        autoencoder_bytes(config, target, target, bytes_each=bytes_each, strips=False),
+        unet_bytes(config, target, target, bytes_each),
+    )
+    return planes + tile <= int(free * BUDGET)
 
 
 def latent_grid(config: StepConfig, padded: tuple[int, int], target: int, overlap: int) -> Grid:

@@ -39,6 +39,7 @@ class Report:
     size, and the input; means over the pictures.
     seam_score: gradient at tile borders / beside them, 1 = nothing to see; None without tiles,
     and for seamless pictures, whose grid lies elsewhere.
+    speed, passes: how passes were run, and what the model has kept of them for later ones.
     events: what had to be changed on the way, such as smaller tiles after running out of memory.
     """
 
@@ -52,6 +53,8 @@ class Report:
     overlap: int
     dtype: str
     device: str
+    speed: str = "eager"
+    passes: str = ""
     seconds: float = 0.0
     peak_bytes: int | None = None
     delta_e: float = 0.0
@@ -69,6 +72,7 @@ class Report:
         lines = [
             f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s",
             f"{self.device}, {self.dtype}"
+            + (f", {self.speed} ({self.passes})" if self.passes else "")
             + (f", peak {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else ""),
         ]
         if self.mode != "whole":

@@ -20,7 +20,8 @@ from .report import Cancelled, OnProgress, Progress
 from .resize import pad, resize, roll_up, unroll
 from .settings import Settings
 from .strips import Strips
-from .tiles import fit_grid, recovering, tiled
+from .tiles import finished, fit_grid, recovering, tiled
+from .transfer import Transfer
 
 if TYPE_CHECKING:
     from .model import GenDR
@@ -54,6 +55,9 @@ class Restoration:
         self.guidance = self.model.guidance(self.settings)
         self.exact: Step | None = None
         self.delta_e = self.lr_psnr = 0.0
+        self.runner = self.model.runner
+        self.ahead = self.runner.ahead
+        self.transfer = Transfer(self.device, ahead=self.ahead)
         self.guarded = recovering(
             self.one_pass,
             minimum=self.model.multiple,
@@ -65,6 +69,8 @@ class Restoration:
     def picture(self, image: Tensor, index: int) -> Tensor:
         """One picture of any channels, 1 c h w -> 1 c H W."""
         self.index = index
+        if self.plan.on_device:
+            image = image.to(self.device)
         colours, alpha = split_alpha(image)
         grey = colours.shape[1] == 1
         if alpha is not None:
@@ -114,18 +120,19 @@ class Restoration:
             x,
             grid,
             batch=plan.tile_batch,
+            ahead=self.ahead,
             before=lambda i, n: self.check(),
             after=lambda i, n, out: self.advance(lambda: small((out[:1] + 1) / 2)),
         )
 
     def strips_pass(self, x: Tensor) -> Tensor:
         """The autoencoder over the whole picture, the UNet in tiles of the latent."""
-        latent = self.finite(lambda network: Strips(network, check=self.check).encode, x)
+        latent = finished(self.finite("encode", self.encode_of, x))
         self.advance(None)
         plan, config = self.plan, self.model.network.config
         grid = latent_grid(config, plan.padded_size, plan.target, plan.overlap)
         step = recovering(
-            lambda z: self.finite(self.step_of, z),
+            lambda z: self.finite("step", self.step_of, z),
             minimum=config.unet.multiple,
             multiple=config.unet.multiple,
             is_oom=self.is_oom,
@@ -135,36 +142,67 @@ class Restoration:
             step,
             latent,
             grid,
+            batch=plan.tile_batch,
+            ahead=self.ahead,
             before=lambda i, n: self.check(),
             after=lambda i, n, out: self.advance(None),
         )
-        y = self.finite(lambda network: Strips(network, check=self.check).decode, latent)
+        y = finished(self.finite("decode", self.decode_of, latent))
         self.advance(lambda: small((y + 1) / 2))
         return y
 
-    def one_pass(self, x: Tensor) -> Tensor:
+    def one_pass(self, x: Tensor) -> Tensor | Callable[[], Tensor]:
         """Encode, step, decode of tiles b 3 h w in [-1, 1]."""
-        return self.finite(self.pass_of, x)
+        return self.finite("pass", self.pass_of, x)
+
+    def encode_of(self, network: Step) -> Callable[[Tensor], Tensor]:
+        """The encoder over the whole picture, by strips where the plan says so."""
+        by_strips = self.plan.strips and isinstance(network, OneStep)
+        return Strips(network, check=self.check).encode if by_strips else network.encode
+
+    def decode_of(self, network: Step) -> Callable[[Tensor], Tensor]:
+        """The decoder over the whole latent, likewise."""
+        by_strips = self.plan.strips and isinstance(network, OneStep)
+        return Strips(network, check=self.check).decode if by_strips else network.decode
 
     def pass_of(self, network: Step) -> Callable[[Tensor], Tensor]:
         """The whole step by this network, by strips where the plan says so."""
-        step = self.step_of(network)
-        if not self.plan.strips or not isinstance(network, OneStep):
-            return lambda x: network.decode(step(network.encode(x)))
-        strips = Strips(network, check=self.check)
-        return lambda x: strips.decode(step(strips.encode(x)))
+        encode, step, decode = (f(network) for f in (self.encode_of, self.step_of, self.decode_of))
+        return lambda x: decode(step(encode(x)))
 
     def step_of(self, network: Step) -> Callable[[Tensor], Tensor]:
         """z_l -> z_g by this network."""
         return lambda z: network.step(z, detail=self.settings.detail, guidance=self.guidance)
 
-    def finite(self, of: Callable[[Step], Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        """`of(network)(x)` on the device; what isn't finite is computed again in float32."""
-        network = self.model.network
-        here = x.to(self.device)
-        y = of(network)(here)
-        if bool(torch.isfinite(y).all()):
-            return y.to(x.device)
+    def finite(
+        self, stage: str, of: Callable[[Step], Callable[[Tensor], Tensor]], x: Tensor
+    ) -> Tensor | Callable[[], Tensor]:
+        """`of(network)(x)` on the device; what isn't finite is computed again in float32.
+
+        Where tiles may be under way, what waits for the result instead of the result.
+        """
+        here = self.transfer.bring(x)
+        y = self.run(stage, of(self.model.network), here)
+        wait = self.transfer.take(y, torch.isfinite(y).all(), x.device)
+        del y
+
+        def finish() -> Tensor:
+            result, fine = wait()
+            return result if fine else self.again(of, here, x.device)
+
+        return finish if self.ahead else finish()
+
+    def run(self, stage: str, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """fn(x) the way the model's speed says. Strips may stop between two, so they run as they are."""
+        if self.plan.strips and stage != "step":
+            return fn(x)
+        key = (stage, self.settings.detail, self.guidance, self.model.network.compute)
+        return self.runner.run(key, fn, x, self.tell)
+
+    def again(
+        self, of: Callable[[Step], Callable[[Tensor], Tensor]], here: Tensor, to: torch.device
+    ) -> Tensor:
+        """In float32, eagerly; `NotFinite` if that doesn't help."""
         if self.model.precision.name != "fp32":
             self.events.append(
                 f"the model gave values that are not finite in {self.model.precision.name}: this "
@@ -172,7 +210,7 @@ class Restoration:
             )
             y = self.in_float32(of, here)
             if bool(torch.isfinite(y).all()):
-                return y.to(x.device)
+                return y.to(to)
         raise NotFinite(
             f"{self.model.name} gives values that are not finite even in fp32: the file is "
             "damaged or was not trained to the end; use another one"
@@ -203,8 +241,14 @@ class Restoration:
         if self.progress is not None:
             self.progress(Progress(self.done, self.total, self.index, preview))
 
+    def tell(self, event: str) -> None:
+        """For the report, once."""
+        if event not in self.events:
+            self.events.append(event)
+
     def ran_out(self, event: str) -> None:
         self.events.append(event)
+        self.runner.forget()
         devices.release(self.device)
 
     def measure(self, result: Tensor, image: Tensor) -> None:

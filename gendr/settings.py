@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 COLOR_FIXES = ("none", "wavelet", "adain", "lab")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
+# How passes are run; the first is the default, as of DTYPES.
+SPEEDS = ("auto", "eager", "graph", "compile")
 # Beyond this factor one step has nothing left of the picture to build on.
 MAX_FACTOR = 8.0
 

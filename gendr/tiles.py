@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Fn = Callable[[Tensor], Tensor]
+# A tile function gives its result, or, where a device still works on it, what waits for it.
+Fn = Callable[[Tensor], Tensor | Callable[[], Tensor]]
 
 # A picture this much larger than the tile asked for still goes whole: two tiles would cost more.
 WHOLE = 1.25
@@ -124,6 +126,7 @@ def tiled(
     grid: Grid,
     *,
     batch: int = 1,
+    ahead: int = 0,
     before: Callable[[int, int], None] | None = None,
     after: Callable[[int, int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -133,7 +136,8 @@ def tiled(
     sum to 1 everywhere. Weights are products of one row and one column vector, so memory is the
     result and one tile. A single tile that is the whole picture is returned as `fn` gave it.
 
-    batch: this many tiles are stacked along b for one call.
+    batch: this many tiles are stacked along b for one call. ahead: so many calls are made before
+    the result of an earlier one is asked for; the order of the blend stays.
     before(i, n), after(i, n, tile_out): called around tile i of n; what they raise passes through.
     """
     if x.shape[-2:] != (grid.height, grid.width):
@@ -142,19 +146,20 @@ def tiled(
         )
     n = len(grid)
     whole = n == 1 and not grid.wrap
-    rows = _weights(grid.tops, grid.tile_height, grid.height, grid.wrap)
-    columns = _weights(grid.lefts, grid.tile_width, grid.width, grid.wrap)
+    # On x's device once: copies from the host, tile by tile, would wait for it each time.
+    rows, columns = (
+        [weight.to(x.device) for weight in weights]
+        for weights in (
+            _weights(grid.tops, grid.tile_height, grid.height, grid.wrap),
+            _weights(grid.lefts, grid.tile_width, grid.width, grid.wrap),
+        )
+    )
     boxes = list(grid.boxes())
     result = None
+    under_way: deque[tuple[range, Tensor | Callable[[], Tensor]]] = deque()
 
-    for first in range(0, n, max(1, batch)):
-        group = range(first, min(n, first + max(1, batch)))
-        if before is not None:
-            for i in group:
-                before(i, n)
-        windows = [_window(x, boxes[i]) for i in group]
-        outputs = fn(windows[0] if len(windows) == 1 else torch.cat(windows))
-        del windows
+    def blend(group: range, outputs: Tensor) -> None:
+        nonlocal result
         if outputs.shape[-2:] != (grid.tile_height, grid.tile_width):
             raise ValueError(
                 f"a tile function must keep height and width: {grid.tile_height}x{grid.tile_width} "
@@ -168,12 +173,33 @@ def tiled(
                     shape = (*out.shape[:-2], grid.height, grid.width)
                     result = torch.zeros(shape, device=x.device)
                 row, column = divmod(i, len(grid.lefts))
-                weight = (rows[row][:, None] * columns[column]).to(x.device)
+                weight = rows[row][:, None] * columns[column]
                 _add(result, out.to(x.device, torch.float32) * weight, boxes[i])
             if after is not None:
                 after(i, n, out)
-        del outputs, out
+
+    for first in range(0, n, max(1, batch)):
+        group = range(first, min(n, first + max(1, batch)))
+        if before is not None:
+            for i in group:
+                before(i, n)
+        windows = [_window(x, boxes[i]) for i in group]
+        outputs = fn(windows[0] if len(windows) == 1 else torch.cat(windows))
+        del windows
+        under_way.append((group, outputs))
+        del outputs
+        while len(under_way) > ahead:
+            group, outputs = under_way.popleft()
+            blend(group, finished(outputs))
+            del outputs
+    for group, outputs in under_way:
+        blend(group, finished(outputs))
     return result
+
+
+def finished(outputs: Tensor | Callable[[], Tensor]) -> Tensor:
+    """What a tile function gave, waited for where it is under way."""
+    return outputs() if callable(outputs) else outputs
 
 
 def recovering(
@@ -213,33 +239,47 @@ def recovering(
         grid = Grid(height, width, rows[0], columns[0], overlap, rows[1], columns[1], False)
         return tiled(run, x, grid)
 
-    def run(x: Tensor) -> Tensor:
-        nonlocal single, limit
+    def run(x: Tensor) -> Tensor | Callable[[], Tensor]:
         b, _, height, width = x.shape
         if single and b > 1:
-            return torch.cat([run(one) for one in x.split(1)])
+            return torch.cat([finished(run(one)) for one in x.split(1)])
         if limit is not None and (height > limit[0] or width > limit[1]):
             return split(x)
         try:
-            return fn(x)
+            y = fn(x)
         except Exception as error:
-            if not is_oom(error):
-                raise
-            smaller = halved(height), halved(width)
-            if b > 1:
-                single = True
-                event = f"out of memory with {b} tiles at once: going on one by one"
-            elif smaller == (height, width):
-                raise _out_of_memory(error, height, width) from error
-            else:
-                limit = smaller
-                event = (
-                    f"out of memory with a tile of {width}x{height}: going on with at most "
-                    f"{smaller[1]}x{smaller[0]}"
-                )
+            event = learn(error, b, height, width)
+        else:
+            return (lambda: settled(y, x)) if callable(y) else y
         # Not in the handler: there the error's frames still hold the failed pass's tensors.
         on_event(event)
         return run(x)
+
+    def settled(y: Callable[[], Tensor], x: Tensor) -> Tensor:
+        """What was under way; memory may run out while it is waited for, too."""
+        try:
+            return y()
+        except Exception as error:
+            event = learn(error, len(x), *x.shape[-2:])
+        on_event(event)
+        return finished(run(x))
+
+    def learn(error: Exception, b: int, height: int, width: int) -> str:
+        """Set the limits for what comes, and say so; or raise what can't be mended."""
+        nonlocal single, limit
+        if not is_oom(error):
+            raise error
+        smaller = halved(height), halved(width)
+        if b > 1:
+            single = True
+            return f"out of memory with {b} tiles at once: going on one by one"
+        if smaller == (height, width):
+            raise _out_of_memory(error, height, width) from error
+        limit = smaller
+        return (
+            f"out of memory with a tile of {width}x{height}: going on with at most "
+            f"{smaller[1]}x{smaller[0]}"
+        )
 
     return run
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import fused
 from .blocks import Downsample, ResnetBlock, Upsample, attend, merge_heads, split_heads
 
 EPS = 1e-5
@@ -89,6 +90,8 @@ class TimestepMLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention, b n c -> b n c, to itself or to a context b m d."""
 
+    fast = False
+
     def __init__(self, channels: int, context: int | None, head_dim: int, *, operations: Any = nn):
         super().__init__()
         self.heads = channels // head_dim
@@ -98,11 +101,16 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([operations.Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        whole = None
+        if self.fast and context is None:
+            whole = fused.joined(self.to_q, self.to_k, self.to_v)
         context = x if context is None else context
-        q, k, v = (
-            split_heads(t, self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        parts = (
+            (self.to_q(x), self.to_k(context), self.to_v(context))
+            if whole is None
+            else F.linear(x, *whole).chunk(3, dim=-1)
         )
+        q, k, v = (split_heads(part, self.heads) for part in parts)
         return self.to_out[0](merge_heads(attend(q, k, v)))
 
 
@@ -111,6 +119,8 @@ class ConstantAttention(nn.Module):
 
     A batch holds the prompts one after another: batch element i belongs to prompt i // (b / prompts).
     """
+
+    fast = False
 
     def __init__(
         self, channels: int, prompts: int, tokens: int, head_dim: int, *, operations: Any = nn
@@ -124,10 +134,11 @@ class ConstantAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | int) -> Tensor:
         """context: how many of the prompts this batch holds."""
-        k, v = (
-            split_heads(t[:context].to(x), self.heads).repeat_interleave(x.shape[0] // context, 0)
-            for t in (self.key, self.value)
-        )
+        k, v = (split_heads(t[:context].to(x), self.heads) for t in (self.key, self.value))
+        if self.fast and context == 1:
+            k, v = (t.expand(x.shape[0], -1, -1, -1) for t in (k, v))
+        else:
+            k, v = (t.repeat_interleave(x.shape[0] // context, 0) for t in (k, v))
         return self.to_out[0](merge_heads(attend(split_heads(self.to_q(x), self.heads), k, v)))
 
 
@@ -189,6 +200,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A transformer block over the positions of a feature map: b c h w -> b c h w."""
 
+    fast = False
+
     def __init__(self, channels: int, c: UNetConfig, *, operations: Any = nn):
         super().__init__()
         self.norm = operations.GroupNorm(c.norm_num_groups, channels, eps=1e-6)
@@ -200,10 +213,12 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | int) -> Tensor:
         h, w = x.shape[-2:]
-        tokens = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        normed = fused.norm(x, self.norm, silu=False) if self.fast else self.norm(x)
+        tokens = self.proj_in(rearrange(normed, "b c h w -> b (h w) c"))
         tokens = self.proj_out(self.transformer_blocks[0](tokens, context))
+        tokens = rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w)
         # Same memory order as x: a channels-last tensor left here slows all that follows on a CPU.
-        return x + rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w).contiguous()
+        return x + (tokens if self.fast else tokens.contiguous())
 
 
 class Level(nn.Module):
@@ -312,6 +327,8 @@ class UNet(nn.Module):
     Sides of latents must be multiples of `config.multiple`.
     """
 
+    fast = False
+
     def __init__(self, config: UNetConfig = SD21_16, *, operations: Any = nn):
         super().__init__()
         self.config = c = config
@@ -363,4 +380,6 @@ class UNet(nn.Module):
         x = self.mid_block(x, temb, context)
         for level in self.up_blocks:
             x = level(x, skips, temb, context)
+        if self.fast:
+            return self.conv_out(fused.norm(x, self.conv_norm_out))
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -6,7 +6,7 @@ the small one of GenDR-Tiny. Parameter names are those of diffusers' Autoencoder
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import fused
 from .blocks import Downsample, ResnetBlock, Upsample, attend, group_norm
 
 EPS = 1e-6
@@ -72,6 +73,8 @@ TINY_VAE = VAEConfig(
 class Attention(nn.Module):
     """Self-attention of one head over all positions: b c h w -> b c h w."""
 
+    fast = False
+
     def __init__(self, channels: int, *, groups: int, operations: Any = nn):
         super().__init__()
         self.group_norm = group_norm(operations, groups, channels, EPS)
@@ -82,10 +85,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
+        if self.fast:
+            return self.in_few_passes(x)
         tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
         out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         # Same memory order as x: a channels-last tensor left here slows all that follows on a CPU.
         return x + rearrange(self.to_out[0](out), "b 1 (h w) c -> b c h w", h=h, w=w).contiguous()
+
+    def in_few_passes(self, x: Tensor) -> Tensor:
+        """The same with one projection, and without a change of memory order."""
+        h, w = x.shape[-2:]
+        tokens = rearrange(fused.norm(x, self.group_norm, silu=False), "b c h w -> b 1 (h w) c")
+        whole = fused.joined(self.to_q, self.to_k, self.to_v)
+        q, k, v = (
+            (self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+            if whole is None
+            else F.linear(tokens, *whole).chunk(3, dim=-1)
+        )
+        out = self.to_out[0](attend(q, k, v))
+        return x + rearrange(out, "b 1 (h w) c -> b c h w", h=h, w=w)
 
 
 class Level(nn.Module):
@@ -162,6 +180,8 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Picture b 3 h w in [-1, 1] -> b outputs h/f w/f."""
 
+    fast = False
+
     def __init__(self, config: VAEConfig, outputs: int, *, operations: Any = nn):
         super().__init__()
         c, widths = config, config.block_out_channels
@@ -197,13 +217,15 @@ class Encoder(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
         for step in steps(self.down_blocks):
             h = step(h)
-        for step in (self.mid_block, self.conv_norm_out, F.silu, self.conv_out):
+        for step in (self.mid_block, *ending(self)):
             h = step(h)
         return add_linear(h, self.linear, x)
 
 
 class Decoder(nn.Module):
     """Latent b c h w in the VAE's own units -> picture b 3 fh fw, about [-1, 1]."""
+
+    fast = False
 
     def __init__(self, config: VAEConfig, *, phases: bool = False, operations: Any = nn):
         super().__init__()
@@ -237,7 +259,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(z))
-        for step in (*steps(self.up_blocks), self.conv_norm_out, F.silu, self.conv_out):
+        for step in (*steps(self.up_blocks), *ending(self)):
             h = step(h)
         return self.to_picture(h, z)
 
@@ -246,6 +268,13 @@ class Decoder(nn.Module):
         if self.patch_size > 1:
             h = F.pixel_shuffle(h, self.patch_size)
         return h if self.linear is None else h + F.pixel_shuffle(self.linear(z), self.factor)
+
+
+def ending(network: Encoder | Decoder) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """From the last block to the last convolution's result, one by one."""
+    if network.fast:
+        return (lambda h: fused.norm(h, network.conv_norm_out)), network.conv_out
+    return network.conv_norm_out, F.silu, network.conv_out
 
 
 def add_linear(h: Tensor, linear: nn.Module | None, x: Tensor) -> Tensor:

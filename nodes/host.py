@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..gendr import GenDR, checkpoint
+from ..gendr.settings import SPEEDS
 
 HOSTED = importlib.util.find_spec("folder_paths") is not None
 if HOSTED:
@@ -98,16 +99,25 @@ def file_stamp(name: str) -> str:
     return hashlib.sha256(f"{path} {facts.st_mtime_ns} {facts.st_size}".encode()).hexdigest()
 
 
-def load(path: str, dtype: str) -> Model:
-    """Read a model file and hand its network to the host's memory management."""
+def load(path: str, dtype: str, speed: str = SPEEDS[0]) -> Model:
+    """Read a model file and hand its network to the host's memory management.
+
+    The host moves, pages and patches weights, so `speed` gives way to it: nothing is recorded from
+    layers that cast their weights per call.
+    """
     if not HOSTED:
-        return Model(checkpoint.load(path, device="cpu", dtype=dtype))
+        return Model(checkpoint.load(path, device="cpu", dtype=dtype, speed=speed))
     device = management.get_torch_device()
     if dtype == "auto":
         dtype = _usual_dtype(device)
     # Weights stay where ComfyUI keeps what is not in use; layers cast them to what they work on.
     gendr = checkpoint.load(
-        path, device="cpu", runs_on=device, dtype=dtype, operations=comfy.ops.manual_cast
+        path,
+        device="cpu",
+        runs_on=device,
+        dtype=dtype,
+        operations=comfy.ops.manual_cast,
+        speed=speed,
     )
     # Looked up now, not at import: ComfyUI rebinds the name while it starts.
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)

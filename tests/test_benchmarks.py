@@ -11,7 +11,7 @@ import torch
 from conftest import UNET, VAE_, header, random_network
 from torch import nn
 
-from benchmarks import compositions, macs, memory, pipeline, worker
+from benchmarks import compositions, gpu, macs, memory, pipeline, worker
 from benchmarks.weights import full_config
 from gendr import checkpoint
 from gendr.onestep import StepConfig
@@ -65,12 +65,12 @@ def run(monkeypatch, capsys):
 def test_everything_in_one_run(run, model, tmp_path):
     file = tmp_path / "result.json"
     text, result = run(
-        *("--model", model, "--sizes", "32", "--variants", "ABCD", "--repeats", 2),
+        *("--model", model, "--sizes", "32", "--variants", "ABCE", "--repeats", 2),
         *("--strips", "32", "--growth", "32,64", "--json", file),
     )
     (row,) = result["pipeline"]
     assert row["reference"] == "A"
-    for letter in "BCD":
+    for letter in "BCE":
         assert row["variants"][letter]["rel_l2"] <= 1e-5
     assert all(len(v["repeats"]) == 2 for v in row["variants"].values())
     assert len(row["load"]) == 2
@@ -110,6 +110,54 @@ def test_sizes_that_do_not_fit_are_left_out(run, model, monkeypatch):
     text, result = run("--model", model, "--sizes", "16", "--sections", "pipeline")
     assert "16 px was left out: needs about" in text
     assert "GiB are free" in result["pipeline"][0]["skipped"]
+
+
+def test_a_rehearsal_of_the_card_s_run(monkeypatch, tmp_path, capsys):
+    """All sections but the tests, which tests/test_gpu.py rehearses, and processes of their own."""
+    monkeypatch.setattr(gpu, "Worker", Here)
+    monkeypatch.setattr(gpu.Run, "tests", lambda self: 0)
+    monkeypatch.setattr(gpu.Run, "start", lambda self, model: None)
+    monkeypatch.setattr(gpu, "DRY_RESTORED", [(64, 0, None), (128, 64, 0.5)])
+    words = ["--dry-run", "--sizes", "64", "--out", str(tmp_path)]
+    assert gpu.main(words) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    (row,) = result["stages"]
+    assert set(row["variants"]) == {"B", "C", "D"}
+    assert not row["failed"]
+    for at in row["variants"].values():
+        assert at["rel_l2"] <= 1e-5
+        assert len(at["ms"]["pass"]) == len(at["ms"]["UNet"]) == gpu.ROUNDS * 3
+    assert [(r["size"], r["variant"]) for r in result["restored"]] == [
+        *((64, "C"), (64, "D"), (128, "C"), (128, "D"))
+    ]
+    assert result["restored"][1]["speed"] == "graph"
+    assert all(len(r["seconds"]) == 1 for r in result["restored"])
+    assert "not measured" in (tmp_path / "gpu.md").read_text()
+    assert result["goals"]["512 px, ms"] == {"goal": 6.5, "found": None}
+
+
+def test_a_failing_gpu_test_ends_the_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu.Run, "tests", lambda self: 1)
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 1
+    assert "nothing was measured" in capsys.readouterr().out
+    assert "stages" not in json.loads((tmp_path / "gpu.json").read_text())
+
+
+def test_without_diffusers_plain_is_left_out(monkeypatch, tmp_path, capsys):
+    real = gpu.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name: None if name == "diffusers" else real(name)
+    )
+    made = gpu.Run(gpu.parse(["--dry-run", "--out", str(tmp_path)]))
+    assert made.variants == "CD"
+    assert "diffusers is not installed" in capsys.readouterr().out
+
+
+def test_without_a_card_the_run_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "new")]) == 2
+    assert "torch finds no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_error_in_a_worker_has_its_reason(tmp_path):

@@ -205,7 +205,7 @@ def test_large_maps_are_enlarged_by_phases_small_ones_plainly(monkeypatch):
     calls = []
     real = phase_upsample
     monkeypatch.setattr(
-        "gendr.blocks.phase_upsample", lambda *a: calls.append(a[0].shape) or real(*a)
+        "gendr.blocks.phase_upsample", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k)
     )
     plain = Upsample(6)
     plain.load_state_dict(layer.state_dict())

@@ -48,6 +48,7 @@ class Options:
     base: Path | None
     device: str
     dtype: str
+    speed: str
     form: str | None
     quality: int | None
     suffix: str
@@ -113,7 +114,13 @@ class Batch:
     @cached_property
     def model(self) -> GenDR:
         options, device = self.options, self.crew.device
-        return checkpoint.load(options.model, device=device, dtype=options.dtype, base=options.base)
+        return checkpoint.load(
+            options.model,
+            device=device,
+            dtype=options.dtype,
+            base=options.base,
+            speed=options.speed,
+        )
 
     def run(self) -> int:
         if self.crew.index == 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import pictures
-from ..settings import BOUNDS, COLOR_FIXES, DTYPES, Settings
+from ..settings import BOUNDS, COLOR_FIXES, DTYPES, SPEEDS, Settings
 from . import jobs
 
 PROG = os.environ.get("GENDR_PROG", "gendr")
@@ -55,6 +55,7 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
 
     check = command("doctor", "check this installation; add its output to bug reports")
     add_model(check)
+    add_speed(check)
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
     fold = command("fold", "write the folded one-step form of a model: smaller, faster")
@@ -111,6 +112,7 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
 
     work = made.add_argument_group("work")
     add_model(work)
+    add_speed(work)
     number(work, "--tile", help="side of a tile in pixels of the result, 0 = by free memory")
     number(work, "--overlap", help="pixels that tiles share, 0 = automatic")
     number(work, "--tile-batch", help="tiles at a time, 0 = automatic")
@@ -144,6 +146,16 @@ def add_model(group: Any) -> None:
     add_base(group)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
+
+
+def add_speed(group: Any) -> None:
+    group.add_argument(
+        "--speed",
+        choices=SPEEDS,
+        default=SPEEDS[0],
+        help="graph: record and replay, on an NVIDIA card; compile: by torch.compile "
+        "(default: %(default)s)",
+    )
 
 
 def add_base(group: Any) -> None:
