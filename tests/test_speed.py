@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -381,10 +380,6 @@ def test_the_compiled_functions_are_used_and_taken_away(tiny_checkpoint, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("GENDR_SLOW_TESTS"),
-    reason="the compiler takes minutes: GENDR_SLOW_TESTS=1 runs this",
-)
 def test_compiled_for_real(tiny_checkpoint):
     """Skipped, too, where there is no C++ compiler to call."""
     model = gendr.load(tiny_checkpoint, device="cpu", dtype="fp32", speed="compile")
