@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# GenDR-Tiny by the whole recipe: pairs, autoencoder, restorer, base, distillation, figures.
+#
+#   bash train/tiny.sh PICTURES RUNS [TEACHER.param TEACHER.bin]
+#
+# Every step resumes: the same command again goes on where it was stopped, so that several short loans of
+# a card add up. On two CPU cores about four hours. FACTOR=4 takes four times the steps and pairs,
+# BATCH the pictures per step, DEVICE=cuda a card; VALIDATE and ORIGINALS are folders of damaged pictures
+# and their originals to measure on, NIQE BasicSR's niqe_pris_params.npz.
+set -euo pipefail
+if [ $# -ne 2 ] && [ $# -ne 4 ]; then
+  sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//'
+  exit 2
+fi
+pictures=$1 runs=$2
+python="${PYTHON:-python3}" factor="${FACTOR:-1}" batch="${BATCH:-8}" device="${DEVICE:-cpu}"
+small=(--device "$device" --batch "$batch")
+teacher=() share=0
+if [ $# -eq 4 ]; then teacher=(--teacher "$3" "$4") share=0.9; fi
+look=()
+if [ -n "${VALIDATE:-}" ]; then look=(--validate "$VALIDATE" --originals "${ORIGINALS:-}"); fi
+
+"$python" -m train.pairs --data "$pictures" --out "$runs/pairs" --count $((20480 * factor)) --crop 192 \
+  --mix tiny --seed 11 --device "$device" "${teacher[@]}"
+"$python" -m train.autoencoder --data "$runs/pairs" --out "$runs/autoencoder" --steps $((250 * factor)) "${small[@]}"
+"$python" -m train.restorer --data "$runs/pairs" --autoencoder "$runs/autoencoder" --out "$runs/restorer" \
+  --steps $((8000 * factor)) --lr 4e-4 --lr-vae 1.5e-4 --teacher-share "$share" --gradient 1 \
+  --autoencode .125 "${small[@]}"
+"$python" -m train.repa --recipe tiny --data "$runs/pairs" --vae "$runs/restorer/model.safetensors" \
+  --out "$runs/base" --steps $((1400 * factor)),$((300 * factor)) --device "$device"
+"$python" -m train.cida --recipe tiny --data "$runs/pairs" --base "$runs/base/model.safetensors" \
+  --generator "$runs/restorer/model.safetensors" --out "$runs/cida" --steps $((500 * factor)) \
+  "${look[@]}" "${small[@]}" --micro-batch "$batch"
+if [ -n "${VALIDATE:-}" ]; then
+  "$python" -m train.evaluate --data "$VALIDATE" ${ORIGINALS:+--ref "$ORIGINALS"} --out "$runs/report" \
+    ${NIQE:+--niqe-params "$NIQE"} --model embedded --model "restorer=$runs/restorer/model.safetensors" \
+    --model "cida=$runs/cida/model.safetensors"
+fi
