@@ -5,18 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import header, random_network
 from PIL import Image
+from two import run_two
 
 import gendr
 from gendr import checkpoint
@@ -32,7 +28,6 @@ from train.processes import Processes
 from train.run import Run, TrainingError
 from train.scores import Scores
 
-ROOT = Path(__file__).parent.parent
 SMALL = UNetConfig(
     latent_channels=4,
     block_out_channels=(8, 16),
@@ -416,28 +411,8 @@ raise SystemExit(t.cida.main(sys.argv[2:]))
 def test_29_two_processes_equal_one(base, pairs, tmp_path):
     more = {"steps": 2, "batch": 4, "validate_every": 9}
     assert cida.main(words(base, pairs, tmp_path / "one", **more)) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "gradients.pt")]
-    command += words(base, pairs, tmp_path / "two", **more)
-    team = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **team, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
+    options = words(base, pairs, tmp_path / "two", **more)
+    run_two(WORKER, [tmp_path / "gradients.pt", *options])
     # Gradients of both phases, in float64.
     _, whole = both_phases(make_iteration(), samples())
     assert largest_difference(torch.load(tmp_path / "gradients.pt"), whole) < 1e-10

@@ -6,9 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from stage1 import DINO, UNET, VAE_, gradients, pictures, small
 from test_embeddings import save_encoder
 from test_pretrained import tiny_unet, tiny_vae
 from transformers import Dinov2Model
+from two import run_two
 
 import gendr
 from gendr import checkpoint, schedule
@@ -324,28 +322,8 @@ sys.exit(repa.main(sys.argv[2:]))
 def test_29_two_processes_equal_one(latent, pairs, tmp_path):
     more = {"phases": "full,refine", "steps": "1,1"}
     run(latent, pairs, tmp_path / "one", **more)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "gradients.pt")]
-    command += words(latent, pairs, tmp_path / "two", **more)
-    team = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **team, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
+    options = words(latent, pairs, tmp_path / "two", **more)
+    run_two(WORKER, [tmp_path / "gradients.pt", *options])
     denoiser, objective = small()
     gradients(denoiser, objective, [pictures(4, damaged=True)])
     for found, p in zip(torch.load(tmp_path / "gradients.pt"), denoiser.parameters(), strict=True):
