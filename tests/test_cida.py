@@ -6,11 +6,12 @@ import copy
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import header, random_network
+from conftest import UNET, VAE_, header, random_network
 from PIL import Image
 from two import run_two
 
@@ -382,6 +383,21 @@ def test_the_plan_of_the_full_size(capsys, tmp_path):
     peak = float(re.search(r"peak +about ([\d.]+) GiB", text)[1])
     assert 18 < peak < 22
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_of_four_channels_trains_too(pairs, tmp_path):
+    network = random_network(
+        replace(VAE_, latent_channels=4),
+        replace(UNET, latent_channels=4),
+        prompts=("positive", "null"),
+    )
+    base = tmp_path / "four.safetensors"
+    checkpoint.save(base, network, header(network), dtype="fp32")
+    run = tmp_path / "run"
+    assert cida.main(words(base, pairs, run, steps=1, validate_every=9)) == 0
+    model = gendr.load(run / "model.safetensors", device="cpu")
+    assert model.network.config.unet.latent_channels == 4
+    assert model.restore(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
 
 
 def test_another_setting_is_another_run(base, pairs, tmp_path):
