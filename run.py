@@ -46,8 +46,21 @@ ME = "python run.py" if WINDOWS else "python3 run.py"
 
 PACKAGES = {
     "gendr": ("torch", "einops", "safetensors", "numpy", "pillow"),
-    "test": ("pytest", "ruff", "accelerate", "diffusers", "peft", "tensorboardX", "transformers"),
+    "test": (
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "accelerate",
+        "diffusers",
+        "peft",
+        "tensorboardX",
+        "transformers",
+    ),
 }
+# Packages whose module has another name.
+MODULES = {"pillow": "PIL", "pytest-xdist": "xdist"}
+# Processes of the test run; each takes about 2 GB at its largest.
+MOST_WORKERS = 4
 COMMANDS = ("upscale", "info", "doctor", "fold", "compare")
 TORCH_INDEXES = "https://download.pytorch.org/whl/"
 
@@ -132,12 +145,15 @@ def test(words: list[str]) -> int:
     """Ruff, then pytest; all of them run, the first failure is the exit code."""
     prepare("gendr", "test")
     environment = clean_environment()
-    # Spinning worker threads take the other processes' cores on a small machine.
+    # A process per core, each with a core of its own: the tests are many and small. Threads that
+    # spin would take the other processes' cores.
+    workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1))
     environment.setdefault("OMP_WAIT_POLICY", "passive")
+    environment.setdefault("OMP_NUM_THREADS", "1")
     steps = (
         ("ruff check", ["ruff", "check", "."]),
         ("ruff format", ["ruff", "format", "--check", "."]),
-        ("pytest", ["pytest", *words]),
+        ("pytest", ["pytest", "-n", str(workers), "--dist", "loadfile", *words]),
     )
     failed, times = 0, []
     for name, command in steps:
@@ -213,7 +229,7 @@ def usable(marker: dict) -> bool:
     if not marker.get("made") or not PYTHON.exists():
         return False
     names = [name for group in marker["installed"] for name in PACKAGES.get(group, ())]
-    modules = ["pip", *("PIL" if name == "pillow" else name for name in names)]
+    modules = ["pip", *(MODULES.get(name, name) for name in names)]
     check = (
         f"import importlib.util as u; raise SystemExit(any(not u.find_spec(n) for n in {modules}))"
     )

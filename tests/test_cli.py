@@ -540,6 +540,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(gendr, tmp_path, tiny_chec
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_for(lambda: process.poll() is not None or (out.is_dir() and len(visible(out)) >= 2))
