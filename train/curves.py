@@ -66,10 +66,11 @@ def draw(runs: dict[str, dict], names: Sequence[str], smooth: float, out: Path) 
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-        for run, values in runs.items():
+        for n, (run, values) in enumerate(runs.items()):
             if name in values:
                 steps, y = values[name]
-                axis.plot(steps, smoothed(y, smooth), label=run, linewidth=1.1)
+                # One colour per run, also where another run has no such value.
+                axis.plot(steps, smoothed(y, smooth), f"C{n}", label=run, linewidth=1.1)
     if len(runs) > 1:
         axes.flat[0].legend(fontsize=7)
     figure.tight_layout()
