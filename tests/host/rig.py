@@ -32,9 +32,10 @@ from gendr.vae import TINY_VAE, VAE, VAEConfig
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 API_COPIES = sorted((ROOT / "tests" / "api").glob("*.json"))
+SAVED = sorted((ROOT / "tests" / "saved").glob("*.json"))
 MODEL, SECOND = "random.safetensors", "second.safetensors"
 # What is in a checkout but not in a pack, and is large or would be loaded for nothing.
-NOT_INSTALLED = shutil.ignore_patterns(".*", "__pycache__", "runs", "data", "*.egg-info")
+NOT_INSTALLED = shutil.ignore_patterns(".*", "__pycache__", "runs", "datasets", "*.egg-info")
 START_SECONDS = 180
 RUN_SECONDS = 300
 

@@ -65,6 +65,20 @@ HURRY = """() => {
     }
 }"""
 
+LABELS = """type => Object.fromEntries(
+  window.app.graph.nodes.find(n => n.type === type).widgets.map(w => [w.name, w.label]))"""
+
+# Where on the page a widget of a node is drawn.
+PLACE = """([type, name]) => {
+  const node = window.app.graph.nodes.find(n => n.type === type);
+  const widget = node.widgets.find(w => w.name === name);
+  const canvas = window.app.canvas;
+  const at = [node.pos[0] + 80, node.pos[1] + (widget.last_y ?? widget.y) + 10];
+  const [x, y] = canvas.ds.convertOffsetToCanvas(at);
+  const frame = canvas.canvas.getBoundingClientRect();
+  return [x + frame.left, y + frame.top];
+}"""
+
 
 @pytest.fixture(scope="module")
 def page(server):
@@ -101,12 +115,28 @@ def look(page, name):
 
 def load(page, path):
     graph = json.loads(path.read_text(encoding="utf-8"))
+    open_graph(page, graph, path.stem)
+
+
+def open_graph(page, graph, name):
     missing = page.evaluate(
         "g => g.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])", graph
     )
     assert missing == []
-    page.evaluate("([g, n]) => window.app.loadGraphData(g, true, true, n)", [graph, path.stem])
+    page.evaluate("([g, n]) => window.app.loadGraphData(g, true, true, n)", [graph, name])
     page.wait_for_timeout(1500)
+
+
+def tooltip(page, node, widget):
+    """What appears where the pointer rests on a widget."""
+    x, y = page.evaluate(PLACE, [node, widget])
+    shown = page.locator(".node-tooltip")
+    page.mouse.move(5, 500)
+    shown.wait_for(state="hidden")
+    page.mouse.move(x - 4, y)
+    page.mouse.move(x, y)
+    shown.wait_for(state="visible")
+    return shown.inner_text()
 
 
 def newest(server, known):
@@ -164,6 +194,26 @@ def test_runs_and_gives_the_library_s_pixels(server, page, path):
         assert (np.floor(expected) != picture).mean() < 0.01
 
 
+@pytest.mark.parametrize("path", rig.SAVED, ids=lambda p: p.stem)
+def test_graphs_of_earlier_releases_open_with_their_values(server, page, path):
+    """The front end gives values to widgets by position, and defaults to those that came later."""
+    graph = json.loads(path.read_text(encoding="utf-8")) | {"links": [], "version": 0.4}
+    graph["last_node_id"], graph["last_link_id"] = len(graph["nodes"]), 0
+    for number, node in enumerate(graph["nodes"]):
+        node |= {"pos": [400 * number, 0], "size": [300, 60], "order": number, "mode": 0}
+        node["inputs"] = [{**slot, "link": None} for slot in node["inputs"]]
+        node["outputs"] = [{**slot, "links": []} for slot in node["outputs"]]
+    open_graph(page, graph, path.stem)
+    look(page, f"saved by {path.stem}")
+    assert page.evaluate(FAULTS) == []
+    asked = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    for node in graph["nodes"]:
+        facts = server.get(f"/object_info/{node['type']}")[node["type"]]["input"]
+        specs = facts["required"] | facts.get("optional", {})
+        defaults = {k: spec[1]["default"] for k, spec in specs.items() if "default" in spec[1]}
+        assert asked[str(node["id"])]["inputs"] == defaults | node["meant"]
+
+
 def test_another_language(server, page):
     try:
         for language, title in (("zh", "GenDR 放大"), ("ja", "GenDR アップスケール")):
@@ -173,6 +223,13 @@ def test_another_language(server, page):
             look(page, f"language {language}")
             shown = page.evaluate("() => LiteGraph.registered_node_types['GenDRUpscale'].title")
             assert shown == title
+            written = rig.ROOT / "locales" / language / "nodeDefs.json"
+            inputs = json.loads(written.read_text(encoding="utf-8"))["LoadGenDR"]["inputs"]
+            labels = page.evaluate(LABELS, "LoadGenDR")
+            assert labels == {name: text["name"] for name, text in inputs.items()}
+            for name, text in inputs.items():
+                assert tooltip(page, "LoadGenDR", name) == text["tooltip"]
+            look(page, f"tooltip {language}")
     finally:
         server.post("/settings", {"Comfy.Locale": "en"})
         open_front_end(page, server)

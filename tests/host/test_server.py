@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import gendr
+from gendr.settings import SPEEDS
 
 NODES = ("LoadGenDR", "GenDRUpscale", "TiledGenDR")
 LANGUAGES = {"en", "zh", "ja", "ko", "fr", "de", "es", "ru"}
@@ -34,17 +35,22 @@ def graph(
     kind: str = "float32",
     dtype: str = "fp32",
     name: str = "picture",
+    speed: str | None = None,
     **widgets,
 ) -> dict:
-    """Noise -> one of our nodes -> a file with the exact result, in API format."""
+    """Noise -> one of our nodes -> a file with the exact result, in API format.
+
+    speed: None = without this input, as graphs of 0.1.0 are.
+    """
     values = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
     if node == "TiledGenDR":
         values |= {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
     values |= {"image": ["1", 0], "model": ["2", 0], **widgets}
     size = {"batch": batch, "height": height, "width": width, "channels": channels}
+    chosen = {"model": model, "dtype": dtype} | ({"speed": speed} if speed else {})
     return {
         "1": {"class_type": "ProbePicture", "inputs": {**size, "seed": seed, "kind": kind}},
-        "2": {"class_type": "LoadGenDR", "inputs": {"model": model, "dtype": dtype}},
+        "2": {"class_type": "LoadGenDR", "inputs": chosen},
         "3": {"class_type": node, "inputs": values},
         "4": {
             "class_type": "ProbeKeep",
@@ -131,6 +137,36 @@ def test_computes_in_the_format_that_was_asked_for(server):
     assert "bf16" in result.text("5")
     distance = (kept(server, "exact") - kept(server, "rough")).abs().mean()
     assert 0 < distance < 0.02
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_speed_changes_no_pixel_and_the_report_says_where_it_gives_way(server, speed):
+    assert server.run(graph(name="without")).status == "success"
+    result = server.run(graph(name="with", speed=speed))
+    assert result.status == "success", result.error
+    assert torch.equal(kept(server, "with"), kept(server, "without"))
+    told = f"speed {speed} can't be had: the host moves this model's weights itself"
+    assert (told in result.text("5")) == (speed in ("graph", "compile"))
+
+
+def test_a_speed_that_does_not_exist(server):
+    assert "not in list" in refused(server, graph(speed="warp"))
+
+
+@pytest.mark.parametrize("node", ["GenDRUpscale", "TiledGenDR"])
+@pytest.mark.parametrize("path", rig.SAVED, ids=lambda path: path.stem)
+def test_graphs_of_earlier_releases_give_the_library_s_pixels(server, path, node):
+    saved = {n["type"]: n["meant"] for n in json.loads(path.read_text())["nodes"]}
+    prompt = graph(node=node, height=72, width=64, **saved[node])
+    prompt["2"]["inputs"] = saved["LoadGenDR"]
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    library = gendr.load(device="cpu", dtype=saved["LoadGenDR"]["dtype"])
+    wanted = dict(saved[node])
+    if "tile_size" in wanted:
+        wanted["tile"] = wanted.pop("tile_size")
+    expected = library.restore(noise(height=72, width=64), **wanted)
+    torch.testing.assert_close(kept(server), expected, atol=1e-4, rtol=0)
 
 
 def test_same_pixels_as_the_command_line(server):
