@@ -16,18 +16,19 @@ from PIL import Image
 from two import run_two
 
 import gendr
-from gendr import checkpoint
-from gendr.onestep import StepConfig
-from gendr.unet import UNet, UNetConfig
-from gendr.vae import VAEConfig
-from train import ablation, cida, discriminator, losses, recipe
-from train.discriminator import Discriminator
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import UNet, UNetConfig
+from gendr.networks.vae import VAEConfig
+from train import ablation, cida, losses, recipe
 from train.features import Projector
-from train.iteration import Generator, Iteration, Rules, Sample
 from train.losses import Distillation, Weights
 from train.processes import Processes
 from train.run import Run, TrainingError
-from train.scores import Scores
+from train.stage2 import discriminator
+from train.stage2.discriminator import Discriminator
+from train.stage2.scores import Scores
+from train.stage2.step import Generator, Iteration, Rules, Sample
 
 SMALL = UNetConfig(
     latent_channels=4,

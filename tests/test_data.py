@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from train import data, pairs, teacher
+from train import pairs
+from train.data import pictures as data
+from train.tiny import teacher
 
 
 @pytest.fixture(autouse=True)

@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gendr
+from gendr.networks.vae import TINY_VAE, VAE
 from gendr.schedule import alpha_bar, beta_bar
-from gendr.vae import TINY_VAE, VAE
 from train import autoencoder, layers, restorer
-from train.adversary import (
+from train.data.shards import Pairs
+from train.pixels import pixel_loss, psnr
+from train.run import DIVERGED_STEPS, Run, TrainingError
+from train.tiny.adversary import (
     Discriminator,
     balance,
     discriminator_loss,
     feature_matching,
     generator_loss,
 )
-from train.pixels import pixel_loss, psnr
-from train.run import DIVERGED_STEPS, Run, TrainingError
-from train.shards import Pairs
 
 
 @pytest.fixture(scope="module")

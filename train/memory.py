@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gendr.unet import UNet, UNetConfig
+from gendr.networks.unet import UNet, UNetConfig
 
 GIB = 2**30
 # What CUDA's autocast computes in bf16 and in float32, of what these networks use.

@@ -33,7 +33,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from train import data, degrade, teacher
+from train import degrade
+from train.data import pictures as data
+from train.tiny import teacher
 
 SHARD = 1024
 SHRINK = (0.5, 1.0)  # now and then a source is made smaller first, so that scales vary

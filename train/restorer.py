@@ -23,23 +23,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gendr import checkpoint
-from gendr.onestep import StepConfig, Unfolded
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig, Unfolded
+from gendr.networks.unet import TINY_UNET, UNet
+from gendr.networks.vae import TINY_VAE, VAE
 from gendr.schedule import beta_bar
-from gendr.unet import TINY_UNET, UNet
-from gendr.vae import TINY_VAE, VAE
 from train import layers
-from train.adversary import (
+from train.data.shards import Pairs
+from train.memory import plan
+from train.pixels import enlarge, pixel_loss, psnr
+from train.run import Average, Run, step_generator
+from train.tiny.adversary import (
     Discriminator,
     balance,
     discriminator_loss,
     feature_matching,
     generator_loss,
 )
-from train.estimate import plan
-from train.pixels import enlarge, pixel_loss, psnr
-from train.run import Average, Run, step_generator
-from train.shards import Pairs
 
 # Tiles of the exported model, pixels. Larger than the crops it is trained on: the autoencoder has
 # no normalisation and the UNet's attention is local enough (measured at 256, 512 and 1024).

@@ -21,19 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..devices import Precision, choose_device, choose_precision
+from ..model import GenDR
+from ..networks.onestep import OneStep, Step, StepConfig, Unfolded, build, fold_state
+from ..networks.unet import UNet
+from ..networks.vae import VAE
+from ..settings import SPEEDS
 from . import layouts
-from .devices import Precision, choose_device, choose_precision
-from .model import GenDR
-from .onestep import OneStep, Step, StepConfig, Unfolded, build, fold_state
-from .settings import SPEEDS
 from .shapes import CheckpointError, recognise, unet_config, vae_config
-from .unet import UNet
-from .vae import VAE
 
 FORMAT, FOLDED, VERSION = "gendr", "gendr-folded", 1
 METADATA = "gendr"
 EXTENSIONS = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent.parent / "weights"
 EMBEDDED = WEIGHTS / "gendr-tiny.safetensors"
 # torch writes terminal colours into its messages.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .unet import UNetConfig
-from .vae import VAEConfig
+from ..networks.unet import UNetConfig
+from ..networks.vae import VAEConfig
 
 # What training frameworks and older programs put in front of a UNet's own names.
 UNET_PREFIXES = ("module.", "_orig_mod.", "generator.", "ema.", "unet.", "model.")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .unet import UNetConfig
-from .vae import VAEConfig
+from ..networks.unet import UNetConfig
+from ..networks.vae import VAEConfig
 
 # Width of the prompt that a UNet attends to -> the family it belongs to.
 FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}

@@ -24,7 +24,7 @@ def norm(x: Tensor, layer: nn.Module, shift: Tensor | None = None, *, silu: bool
     layer: a GroupNorm, or Identity where a network has none. shift: c, a bias left out before.
     """
     if by_kernel(x):
-        from . import kernels
+        from . import triton_kernels as kernels
 
         if isinstance(layer, nn.GroupNorm):
             return kernels.group_norm(x, layer, shift, silu)
@@ -41,7 +41,7 @@ def add(x: Tensor, other: Tensor, *biases: Tensor | None) -> Tensor:
     """x + biases + other: the end of a residual block, b c h w. biases: up to two, c each."""
     given = [bias for bias in biases if bias is not None]
     if by_kernel(x):
-        from . import kernels
+        from . import triton_kernels as kernels
 
         return kernels.add(x, other, given, False)
     for bias in given:
@@ -63,7 +63,7 @@ def by_kernel(x: Tensor) -> bool:
 def trouble(device: str) -> str:
     """Why kernels can't be used on this device; empty where they were tried and are right."""
     try:
-        from . import kernels
+        from . import triton_kernels as kernels
     except ImportError:
         return "Triton is not installed"
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .schedule import Prediction, one_step
+from ..schedule import Prediction, one_step
 from .unet import SD21_16, UNet, UNetConfig, timestep_embedding
 from .vae import VAE, VAE16, Decoder, Encoder, VAEConfig
 

@@ -1,4 +1,4 @@
-"""Triton kernels for graphics cards. Imported by `gendr.fused` alone, and only where they are used.
+"""Triton kernels for graphics cards. Imported by `gendr.networks.fused` alone, and only where they are used.
 
 A picture is a block of `positions` x `channels` in one of torch's two memory orders; strides say
 which. All arithmetic is float32, results are rounded once.

@@ -23,9 +23,9 @@ class UNetConfig:
 
     attention: which levels, finest first, have transformers.
     prompts: 0 = a network of any timestep and prompt. Above 0 the timestep is folded into biases
-        and the keys and values of that many prompts are constants (`gendr.onestep`).
+        and the keys and values of that many prompts are constants (`gendr.networks.onestep`).
     tokens: length of a folded prompt.
-    phases: enlarge by parity kernels (`gendr.blocks.phase_upsample`).
+    phases: enlarge by parity kernels (`gendr.networks.blocks.phase_upsample`).
     """
 
     latent_channels: int = 16

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import devices, fused
-from .blocks import ResnetBlock
+from .. import devices
+from ..networks import fused
+from ..networks.blocks import ResnetBlock
+from ..networks.onestep import OneStep, Step
+from ..settings import SPEEDS
 from .graphs import SHARE, CudaRecorder, Fn, Graphs, Recorder, Stamp, Tell
-from .onestep import OneStep, Step
-from .settings import SPEEDS
 
 # What `auto` takes on each kind of device: only what has been measured there, and found right, by
 # benchmarks/gpu.sh. Nothing has been yet on any card.

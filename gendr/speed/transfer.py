@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .devices import exact
+from ..devices import exact
 
 
 class Transfer:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train.draws import Draws
+from train.data.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)

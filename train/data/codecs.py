@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from train.draws import Draws
+from train.data.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from train.draws import Draws
+from train.data.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from train import losses
-from train.data import DataError, Degradation, Order, Pictures
-from train.shards import Pairs
+from train.data.pictures import DataError, Degradation, Order, Pictures
+from train.data.shards import Pairs
 
 # First key, and epoch, of samples that are only looked at: no run gets there.
 FIXED = 2**40

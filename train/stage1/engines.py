@@ -14,9 +14,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from train.denoising import Denoiser, Objective, Sample
 from train.processes import Processes
 from train.run import Run, TrainingError
+from train.stage1.step import Denoiser, Objective, Sample
 
 
 class Taken(NamedTuple):

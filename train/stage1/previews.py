@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from gendr import schedule
-from gendr.onestep import Unfolded
+from gendr.networks.onestep import Unfolded
 from train import losses
-from train.denoising import POSTERIOR, autocast
+from train.data.stream import Batch, draw
 from train.pixels import enlarge
-from train.stream import Batch, draw
+from train.stage1.step import POSTERIOR, autocast
 
 if TYPE_CHECKING:
-    from train.foundation import Foundation
+    from train.stage1.networks import Foundation
 
 # Timesteps of the loss, and of the test of quality terms, where a picture's look is decided.
 TIMESTEPS = (100, 300, 500, 700, 900)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from train import embeddings
+from train.data.stream import sample_generator
 from train.embeddings import NAMES, NEGATIVE, POSITIVE, TextEncoder
-from train.stream import sample_generator
 
 Role = Literal["positive", "negative", "null"]
-# Purpose of the randomness here, see train.stream.
+# Purpose of the randomness here, see train.data.stream.
 WORDS = 7
 # Quality terms behind a caption; all of them would leave it no room in 77 tokens.
 TERMS = 4

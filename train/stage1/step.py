@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from gendr import schedule
+from gendr.networks.unet import UNet
+from gendr.networks.vae import VAE
 from gendr.schedule import Prediction
-from gendr.unet import UNet
-from gendr.vae import VAE
 from train import losses
+from train.data.stream import Batch, draw, sample_generator
 from train.features import Aligned, DinoV2, Projector
 from train.losses import full
 from train.pixels import enlarge
-from train.prompts import Prompts, Role, damage_in_words
-from train.stream import Batch, draw, sample_generator
+from train.stage1.prompts import Prompts, Role, damage_in_words
 
-# Purposes of a sample's randomness, see train.stream.
+# Purposes of a sample's randomness, see train.data.stream.
 NOISE, POSTERIOR, ROLE, DROP = 1, 5, 6, 8
 FIRST, LAST = 0, schedule.STEPS - 1
 # Pixels that the autoencoder and DINOv2 see at a time; their maps are the largest of all.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gendr.unet import UNetConfig, timestep_embedding
-from train.scores import Scores
+from gendr.networks.unet import UNetConfig, timestep_embedding
+from train.stage2.scores import Scores
 
 
 def places(config: UNetConfig) -> dict[str, int]:

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gendr import checkpoint
-from gendr.checkpoint import CheckpointError
-from gendr.onestep import StepConfig
-from gendr.unet import UNet
-from gendr.vae import VAE
+from gendr.files import checkpoint
+from gendr.files.checkpoint import CheckpointError
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import UNet
+from gendr.networks.vae import VAE
 from train import layers
-from train.discriminator import Discriminator
 from train.features import DinoV2, Projector
-from train.iteration import Generator, rules
-from train.scores import Adapter, Scores, recompute_blocks
+from train.stage2.discriminator import Discriminator
+from train.stage2.scores import Adapter, Scores, recompute_blocks
+from train.stage2.step import Generator, rules
 
 
 class AdapterState:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gendr import schedule
+from gendr.networks.unet import UNet
 from gendr.schedule import Prediction
-from gendr.unet import UNet
 from train import losses
 from train.losses import full
 

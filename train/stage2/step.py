@@ -3,7 +3,7 @@
 The generator takes z_l to z_g in one step. Two LoRA adapters on one frozen base, real (phi) and
 fake (psi), follow the clean and the generated latents; small heads on the same base's features tell them
 apart. Each loss reaches its own parameters alone. All noise belongs to samples by their key
-(`train.stream`), and gradients are those of the whole batch (`train.processes`).
+(`train.data.stream`), and gradients are those of the whole batch (`train.processes`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from gendr import schedule
-from gendr.onestep import StepConfig
-from gendr.unet import UNet
-from train import discriminator, losses
-from train.discriminator import Discriminator
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import UNet
+from train import losses
+from train.data.stream import Draw, draw
 from train.features import Aligned, Projector
 from train.losses import Distillation, Weights, full
 from train.processes import Processes
-from train.scores import Adapter, Scores, frozen
-from train.stream import Draw, draw
+from train.stage2 import discriminator
+from train.stage2.discriminator import Discriminator
+from train.stage2.scores import Adapter, Scores, frozen
 
 # What a sample's noise is for: never the same twice.
 FAKE, REAL, JUDGE, PULL = 1, 2, 3, 4
