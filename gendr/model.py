@@ -125,16 +125,8 @@ class GenDR:
         )
         report = Report(
             model=self.name,
-            input_size=planned.input_size,
-            output_size=planned.output_size,
-            images=batch,
-            mode=planned.mode,
-            tiles=planned.tiles,
-            tile=planned.tile,
-            overlap=planned.overlap,
+            plan=planned,
             dtype=self.precision.name,
-            device=str(place),
-            speed=self.speed.name,
             events=run.events,
         )
         if self.speed.reason:
@@ -145,9 +137,9 @@ class GenDR:
                 result[index : index + 1] = run.picture(one, index)
                 report.delta_e += run.delta_e / batch
                 report.lr_psnr += run.lr_psnr / batch
-            if planned.tiles > 1 and not chosen.seamless:
-                grid = plan.pixel_grid(self.network.config, planned)
-                report.seam_score = seam_score(result[:, : min(3, channels)], grid)
+            report.plan = run.plan
+            if report.tiles > 1 and not chosen.seamless:
+                report.seam_score = seam_score(result[:, : min(3, channels)], report.plan.grid)
         report.passes = self.runner.told()
         report.seconds = time.perf_counter() - started
         report.peak_bytes = devices.peak_bytes(place)

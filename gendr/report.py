@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
+
+from .plan import Plan
+
+# What a report passes on from its plan, as attributes and in `as_dict`.
+PLANNED = (
+    "input_size",
+    "output_size",
+    "images",
+    "mode",
+    "tiles",
+    "tile",
+    "overlap",
+    "device",
+    "speed",
+)
 
 
 class Cancelled(Exception):
@@ -35,6 +50,9 @@ OnProgress = Callable[[Progress], None]
 class Report:
     """What was done to a batch. Sizes are (height, width).
 
+    plan: as it was at the end, where something had to be changed on the way; what `PLANNED` names
+    of it can be asked for here too.
+    dtype: name of the precision.
     delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
     size, and the input; means over the pictures.
     seam_score: gradient at tile borders / beside them, 1 = nothing to see; None without tiles,
@@ -44,16 +62,8 @@ class Report:
     """
 
     model: str
-    input_size: tuple[int, int]
-    output_size: tuple[int, int]
-    images: int
-    mode: str
-    tiles: int
-    tile: tuple[int, int]
-    overlap: int
+    plan: Plan
     dtype: str
-    device: str
-    speed: str = "eager"
     passes: str = ""
     seconds: float = 0.0
     peak_bytes: int | None = None
@@ -62,9 +72,16 @@ class Report:
     seam_score: float | None = None
     events: list[str] = field(default_factory=list)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in PLANNED:
+            return getattr(self.plan, name)
+        raise AttributeError(f"a Report has no {name!r}")
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values on one level, for JSON: what the plan says included."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["plan"]
+        return values | {name: getattr(self.plan, name) for name in PLANNED}
 
     def __str__(self) -> str:
         (h, w), (oh, ow) = self.input_size, self.output_size

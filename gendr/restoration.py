@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +16,12 @@ from .alpha import fill_transparent, split_alpha
 from .fidelity import back_project, psnr, reduce
 from .networks.onestep import OneStep, Step
 from .networks.strips import Strips
-from .plan import Plan, latent_grid
+from .plan import Plan
 from .report import Cancelled, OnProgress, Progress
 from .resize import pad, resize, roll_up, unroll
 from .settings import Settings
 from .speed.transfer import Transfer
-from .tiles import finished, fit_grid, recovering, tiled
+from .tiles import finished, recovering, tiled
 
 if TYPE_CHECKING:
     from .model import GenDR
@@ -50,7 +50,7 @@ class Restoration:
     def __post_init__(self) -> None:
         self.events: list[str] = []
         self.done = self.index = 0
-        extra = 2 if self.plan.mode == "strips" else 0
+        extra = 2 if self.plan.mode == "latent_tiles" else 0
         self.total = (self.plan.tiles + extra) * self.plan.images
         self.guidance = self.model.guidance(self.settings)
         self.exact: Step | None = None
@@ -106,31 +106,29 @@ class Restoration:
 
     def network_pass(self, x: Tensor) -> Tensor:
         """1 3 H W in [-1, 1] -> the same, by the plan's mode."""
-        plan = self.plan
-        if plan.mode == "strips":
+        if self.plan.mode == "latent_tiles":
             try:
-                return self.strips_pass(x)
+                return self.latent_tiles_pass(x)
             except Exception as error:
                 if not self.is_oom(error):
                     raise
-            self.ran_out("out of memory with the autoencoder in strips: going on in tiles")
-        grid = fit_grid(*plan.padded_size, plan.target, plan.overlap, self.model.multiple)
+            self.ran_out("out of memory with the autoencoder over the whole: going on in tiles")
+            self.plan = replace(self.plan, mode="tiles", strips=False, tile_batch=1)
         return tiled(
             self.guarded,
             x,
-            grid,
-            batch=plan.tile_batch,
+            self.plan.grid,
+            batch=self.plan.tile_batch,
             ahead=self.ahead,
             before=lambda i, n: self.check(),
             after=lambda i, n, out: self.advance(lambda: small((out[:1] + 1) / 2)),
         )
 
-    def strips_pass(self, x: Tensor) -> Tensor:
+    def latent_tiles_pass(self, x: Tensor) -> Tensor:
         """The autoencoder over the whole picture, the UNet in tiles of the latent."""
         latent = finished(self.finite("encode", self.encode_of, x))
         self.advance(None)
         plan, config = self.plan, self.model.network.config
-        grid = latent_grid(config, plan.padded_size, plan.target, plan.overlap)
         step = recovering(
             lambda z: self.finite("step", self.step_of, z),
             minimum=config.unet.multiple,
@@ -141,7 +139,7 @@ class Restoration:
         latent = tiled(
             step,
             latent,
-            grid,
+            plan.grid.reduced(config.vae.factor),
             batch=plan.tile_batch,
             ahead=self.ahead,
             before=lambda i, n: self.check(),

@@ -60,6 +60,14 @@ class Grid:
             for left in self.lefts:
                 yield Box(top, left, top + self.tile_height, left + self.tile_width)
 
+    def reduced(self, factor: int) -> Grid:
+        """The same grid over a picture reduced `factor` times, such as its latent."""
+        sides = self.height, self.width, self.tile_height, self.tile_width, self.overlap
+        if any(n % factor for n in (*sides, *self.tops, *self.lefts)):
+            raise ValueError(f"the grid does not lie on multiples of {factor}: {self}")
+        tops, lefts = (tuple(n // factor for n in starts) for starts in (self.tops, self.lefts))
+        return Grid(*(n // factor for n in sides), tops, lefts, self.wrap)
+
 
 def fit_grid(
     height: int, width: int, tile: int, overlap: int, multiple: int, wrap: bool = False
@@ -118,6 +126,11 @@ def _axis(
         if all(b - a <= edge - overlap for a, b in zip(starts, ends, strict=False)):
             return edge, tuple(starts)
         unit = unit // 2 if unit % 2 == 0 else 1
+
+
+def one_tile(height: int, width: int) -> Grid:
+    """The grid of a picture that goes whole."""
+    return Grid(height, width, height, width, 0, (0,), (0,), False)
 
 
 def tiled(
