@@ -12,8 +12,6 @@ from .plan import Plan
 
 # What a report passes on from its plan, as attributes and in `as_dict`.
 PLANNED = (
-    "input_size",
-    "output_size",
     "images",
     "mode",
     "tiles",
@@ -50,8 +48,10 @@ OnProgress = Callable[[Progress], None]
 class Report:
     """What was done to a batch. Sizes are (height, width).
 
-    plan: as it was at the end, where something had to be changed on the way; what `PLANNED` names
-    of it can be asked for here too.
+    plan: of what was computed, as it was at the end; what `PLANNED` names of it can be asked for
+    here too.
+    input_size, output_size: of the pictures, whatever part of them a mask chose.
+    mask: what it chose, in words; empty without one.
     dtype: name of the precision.
     delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
     size, and the input; means over the pictures.
@@ -64,6 +64,9 @@ class Report:
     model: str
     plan: Plan
     dtype: str
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    mask: str = ""
     passes: str = ""
     seconds: float = 0.0
     peak_bytes: int | None = None
@@ -86,7 +89,10 @@ class Report:
     def __str__(self) -> str:
         (h, w), (oh, ow) = self.input_size, self.output_size
         several = f"{self.images} pictures, each " if self.images > 1 else ""
+        if not self.tiles:
+            return self.mask
         lines = [
+            *([self.mask] if self.mask else []),
             f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s",
             f"{self.device}, {self.dtype}"
             + (f", {self.speed} ({self.passes})" if self.passes else "")

@@ -30,12 +30,16 @@ SEAM_FLOOR = (0.5 / 255) ** 2
 
 
 class Box(NamedTuple):
-    """Where a tile lies. On a torus bottom and right may run past the edge, and start over."""
+    """A part of a picture. A tile's bottom and right may run past the edge of a torus, and start over."""
 
     top: int
     left: int
     bottom: int
     right: int
+
+    def cut(self, picture: Tensor) -> Tensor:
+        """The part of ... h w inside, as a view."""
+        return picture[..., self.top : self.bottom, self.left : self.right]
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Grid:
             raise ValueError(f"the grid does not lie on multiples of {factor}: {self}")
         tops, lefts = (tuple(n // factor for n in starts) for starts in (self.tops, self.lefts))
         return Grid(*(n // factor for n in sides), tops, lefts, self.wrap)
+
+
+NO_TILES = Grid(0, 0, 0, 0, 0, (), (), False)
 
 
 def fit_grid(
