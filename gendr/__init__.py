@@ -9,7 +9,7 @@ from .fidelity import difference
 from .files.checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save
 from .model import GenDR
 from .pictures import Picture, PictureError
-from .plan import Plan
+from .plan import NotEnoughMemory, Plan
 from .report import Cancelled, Progress, Report
 from .resize import resize
 from .restoration import NotFinite
@@ -27,6 +27,7 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "GenDR",
+    "NotEnoughMemory",
     "NotFinite",
     "Picture",
     "PictureError",

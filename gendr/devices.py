@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -168,16 +169,48 @@ def _free_host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _free_in_container() -> int:
-    """What a memory limit of this process group leaves; huge where there is none."""
+def _free_in_container(root: str = "/") -> int:
+    """What the memory limits of this process's control groups leave; huge where there are none.
+
+    Every group above counts as well. Files kept in memory give way, so they are no use of it.
+    root: of the file system, for tests.
+    """
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
+        groups = Path(root, "proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
         return sys.maxsize
-    return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+    free = sys.maxsize
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = "", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            mount, names = "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        top = Path(root, "sys/fs/cgroup", mount)
+        # In a container's own view the path may name what lies outside it.
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            free = min(free, _free_in_group(folder, *names))
+            if folder == top:
+                break
+    return free
+
+
+def _free_in_group(folder: Path, limit: str, used: str, prefix: str) -> int:
+    """limit, used: names of files; prefix: of entries of memory.stat that count those below, too."""
+    try:
+        most = (folder / limit).read_text(encoding="ascii").strip()
+        now = int((folder / used).read_text(encoding="ascii"))
+        if most == "max":
+            return sys.maxsize
+        stat = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        facts = dict(line.split() for line in stat)
+        kept = (int(facts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+        return max(0, int(most) - now + sum(kept))
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def _free_windows_bytes() -> int:

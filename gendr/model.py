@@ -200,6 +200,7 @@ class GenDR:
             guidance=guidance,
             speed=self.speed.name,
             on_device=self.runner.on_device,
+            main_memory=None if place.type == "cpu" else devices.free_bytes(torch.device("cpu")),
         )
 
     def guidance(self, settings: Settings) -> float:

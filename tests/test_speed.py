@@ -506,7 +506,7 @@ def test_what_waits_beside_a_pass_is_counted():
 
 
 def test_a_large_picture_stays_on_the_host_of_a_small_card():
-    planes = plan.PLANES * 3 * 4 * 8192 * 8192
+    planes = 3 * 4 * (plan.PLANES + plan.INPUT_PLANES) * 8192 * 8192
     small, large = planned(8192, 4), planned(8192, 12)
     assert not small.on_device
     assert large.on_device
