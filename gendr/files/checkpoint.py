@@ -29,7 +29,7 @@ from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE
 from ..settings import SPEEDS
 from . import layouts
-from .header import METADATA, STORED, Header, printable, shown
+from .header import METADATA, STORED, Header, Newer, printable, shown
 from .reading import EXTENSIONS as EXTENSIONS
 from .reading import (
     SAFETENSORS,
@@ -73,13 +73,13 @@ def load(
     """
     path = Path(path) if path is not None else EMBEDDED
     place = choose_device(device)
-    precision = choose_precision(place if runs_on is None else torch.device(runs_on), dtype)
     header, state = read(path, base)
+    if not fold:
+        check_full(header, path, "has neither timestep nor prompt left to choose")
+    precision = choose_precision(place if runs_on is None else torch.device(runs_on), dtype)
     with naming(path):
         config = header.config
-        if not fold:
-            check_full(header, path, "has neither timestep nor prompt left to choose")
-        elif not header.folded:
+        if fold and not header.folded:
             parts = split(state)
             config, state = fold_state(config, parts["unet"], parts["vae"], parts["embeds"])
         state = {k: v.to(dtype_of(k, precision)) for k, v in state.items()}
@@ -297,6 +297,8 @@ def checked_header(path: Path, text: str) -> Header:
     """The header of a GenDR file, if this program can read it."""
     try:
         return Header.parse(text)
+    except Newer as error:
+        raise CheckpointError(f"{path.name} {error}") from error
     except ValueError as error:
         raise CheckpointError(
             f"{path.name} has a header that can't be used: {error}; get the file again"
