@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..gendr.fidelity import difference
+from ..gendr.plan import Plan
 from ..gendr.settings import BOUNDS, COLOR_FIXES, Settings
 from . import host
-from .region import restore_within
 from .size import SIZES, target
 from .wires import checked_mask, checked_picture
 
@@ -269,28 +269,20 @@ def restore(
     mask = checked_mask(mask, pixels)
     model = host.embedded() if model is None else model
 
-    def run(part: Tensor) -> tuple[Tensor, str]:
-        height, width = part.shape[-2:]
-        where = {"device": host.run_device(model)}
-        plan = model.gendr.plan(
-            height,
-            width,
-            settings,
-            batch=len(part),
-            free_bytes=host.free_bytes(model, loaded=False),
-            **where,
-        )
+    def make_room(plan: Plan) -> int | None:
         host.bring_in(model, plan.bytes_needed)
-        restored, report = model.gendr.restore_with_report(
-            part,
-            progress=host.Progress(),
-            cancelled=host.cancelled,
-            free_bytes=host.free_bytes(model, loaded=True),
-            is_oom=host.is_oom,
-            **where,
-            **asdict(settings),
-        )
-        return restored, str(report)
+        return host.free_bytes(model, loaded=True)
 
     with host.plain_errors():
-        return run(pixels) if mask is None else restore_within(mask, pixels, settings, run)
+        result, report = model.gendr.restore_with_report(
+            pixels,
+            mask=mask,
+            progress=host.Progress(),
+            cancelled=host.cancelled,
+            device=host.run_device(model),
+            free_bytes=host.free_bytes(model, loaded=False),
+            make_room=make_room,
+            is_oom=host.is_oom,
+            **asdict(settings),
+        )
+    return result, str(report)
