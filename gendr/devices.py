@@ -8,12 +8,12 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import first_line
 from .settings import DTYPES
 
 # Its name before torch 2.5, and still an alias of the new one.
@@ -50,9 +50,8 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
             device = torch.device(name)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            first = str(error).splitlines()[0]
             raise ValueError(
-                f"device {str(name)!r} can't be used here: choose auto or cpu ({first})"
+                f"device {str(name)!r} can't be used here: choose auto or cpu ({first_line(error)})"
             ) from error
         return device
     if torch.cuda.is_available():
@@ -185,48 +184,16 @@ def _free_host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _free_in_container(root: str = "/") -> int:
-    """What the memory limits of this process's control groups leave; huge where there are none.
-
-    Every group above counts as well. Files kept in memory give way, so they are no use of it.
-    root: of the file system, for tests.
-    """
+def _free_in_container() -> int:
+    """What a memory limit of this process group leaves; huge where there is none."""
     try:
-        groups = Path(root, "proc/self/cgroup").read_text(encoding="ascii").splitlines()
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            used = int(file.read())
     except (OSError, ValueError):
         return sys.maxsize
-    free = sys.maxsize
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = "", ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            mount, names = "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        else:
-            continue
-        top = Path(root, "sys/fs/cgroup", mount)
-        # In a container's own view the path may name what lies outside it.
-        group = top / path.strip("/")
-        for folder in (group, *group.parents):
-            free = min(free, _free_in_group(folder, *names))
-            if folder == top:
-                break
-    return free
-
-
-def _free_in_group(folder: Path, limit: str, used: str, prefix: str) -> int:
-    """limit, used: names of files; prefix: of entries of memory.stat that count those below, too."""
-    try:
-        most = (folder / limit).read_text(encoding="ascii").strip()
-        now = int((folder / used).read_text(encoding="ascii"))
-        if most == "max":
-            return sys.maxsize
-        stat = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        facts = dict(line.split() for line in stat)
-        kept = (int(facts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-        return max(0, int(most) - now + sum(kept))
-    except (OSError, ValueError):
-        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used)
 
 
 def _free_windows_bytes() -> int:

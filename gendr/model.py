@@ -87,8 +87,12 @@ class GenDR:
         scale and any other field of `Settings` by name; `progress`, `cancelled`, `device`,
         `free_bytes`, `make_room`, `is_oom` as in `restore_with_report`.
 
-        H, W are exactly round(h * scale), or the target size. Values are in [0, 1], never NaN.
-        The same input gives the same output, and a picture the same result alone as in a batch.
+        H, W are exactly h * scale and w * scale with halves rounded up, or the target size. Values
+        are in [0, 1], never NaN.
+        The same input gives the same output on the same machine, with the same versions and number
+        of threads and the same plan, to the last bit; a picture the same result alone as in a batch.
+        Other processors, cards, threads and tiles round differently: about 1e-5 in fp32, up to 1e-2
+        of the full range in single pixels in bf16 and fp16.
         ValueError for an input that can't be used, `Cancelled` when stopped, `NotFinite` when the
         model fails in every precision.
         """

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .resize import up_to_multiple
+
 # A tile function gives its result, or, where a device still works on it, what waits for it.
 Fn = Callable[[Tensor], Tensor | Callable[[], Tensor]]
 
@@ -106,11 +108,11 @@ def _axis(
 
     def edge_of(count: int) -> int:
         shared = overlap * (count if wrap else count - 1)
-        return _up(math.ceil((length + shared) / count), multiple)
+        return up_to_multiple(math.ceil((length + shared) / count), multiple)
 
     count, edge = 1, edge_of(1)
     if edge > whole * tile:
-        if _up(overlap + 1, multiple) > tile:
+        if up_to_multiple(overlap + 1, multiple) > tile:
             raise ValueError(
                 f"an overlap of {overlap} leaves nothing of a tile of {tile} (both in pixels of "
                 f"the output, tiles in steps of {multiple}); choose a smaller overlap or a larger tile"
@@ -240,15 +242,17 @@ def recovering(
     on_event(text): called when the failed pass has let go of its memory; may empty caches. What it
     raises, and errors that are not `is_oom`, pass through.
     """
-    minimum = _up(max(minimum, 1), multiple)
+    minimum = up_to_multiple(max(minimum, 1), multiple)
     single = False
     limit: tuple[int, int] | None = None
 
     def halved(side: int) -> int:
         # Two windows of this edge cover the side and share a sixth of themselves.
-        half = _up(math.ceil(side * RECOVERY_OVERLAP / (2 * RECOVERY_OVERLAP - 1)), multiple)
+        half = up_to_multiple(
+            math.ceil(side * RECOVERY_OVERLAP / (2 * RECOVERY_OVERLAP - 1)), multiple
+        )
         if half >= side:
-            half = _up(math.ceil(side / 2), multiple)
+            half = up_to_multiple(math.ceil(side / 2), multiple)
         return min(side, max(half, minimum))
 
     def split(x: Tensor) -> Tensor:
@@ -407,7 +411,3 @@ def _out_of_memory(error: BaseException, height: int, width: int) -> BaseExcepti
         return type(error)(text)
     except TypeError:
         return MemoryError(text)
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..devices import TORCH_DTYPES, Precision, choose_device, choose_precision
+from ..errors import first_line
 from ..model import GenDR
 from ..networks.onestep import Step, StepConfig, Unfolded, build, fold_state
 from ..networks.unet import UNet, UNetConfig
@@ -36,7 +37,6 @@ from .reading import (
     File,
     check_exists,
     check_numbers,
-    first_line,
     naming,
     outline,
     read_file,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import devices
+from ..errors import first_line
 from .shapes import CheckpointError
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -22,7 +22,6 @@ EXTENSIONS = (*SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt")
 # Under which training programs keep the weights of a pickle that holds more than weights.
 NESTED = ("params_ema", "ema", "params", "state_dict", "model")
 # torch writes terminal colours into its messages.
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # torch stores weights as they are. Packed again by other programs they shrink by less than this.
 PACKED = 16
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,12 +63,6 @@ def naming(path: Path) -> Iterator[None]:
             f"{path.name} can't be used, it is damaged or made for something else: get it again "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, without colours and not too long."""
-    lines = COLOURS.sub("", str(error)).splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def read_file(path: Path) -> File:

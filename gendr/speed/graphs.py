@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..networks.fused import first_line
+from ..errors import first_line
 
 Fn = Callable[[Tensor], Tensor]
 Tell = Callable[[str], None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import devices
+from ..errors import first_line
 from ..networks import fused
 from ..networks.blocks import ResnetBlock
 from ..networks.onestep import OneStep, Step
@@ -162,7 +163,7 @@ class Compiled(Eager):
                 raise
             self.off = (
                 "compile: the compiler failed, everything runs eagerly "
-                f"({type(error).__name__}: {fused.first_line(error)})"
+                f"({type(error).__name__}: {first_line(error)})"
             )
         tell(self.off)
         return fn(x)
