@@ -35,8 +35,8 @@ def what_is(path: Path) -> str:
         return "this WebP file is cut short or damaged; get it again"
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return (
-            "this TIFF is damaged, or of a kind that Pillow cannot read (such as floating-point "
-            "RGB); save it as an 8 or 16-bit PNG or TIFF"
+            "this TIFF is damaged, or of a kind that is not read here (such as a camera's raw "
+            "data); save it as an 8 or 16-bit PNG or TIFF"
         )
     if start[4:8] == b"ftyp":
         return (

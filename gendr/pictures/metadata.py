@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from . import png
+from . import png, tiff
 from .kinds import (
     EXIF_IFD,
     JPEG_EXIF_LIMIT,
@@ -58,11 +58,9 @@ def beside(info: dict[str, Any], tags: Any, kind: str) -> dict[str, Any]:
     info: what Pillow says about the file. tags: of a TIFF.
     """
     found: dict[str, Any] = {}
-    xmp = tags.get(XMP) or info.get("xmp")
-    if isinstance(xmp, tuple):
-        xmp = bytes(xmp)
+    xmp = tiff.bytes_of(tags, XMP) or info.get("xmp")
     found["xmp"] = xmp if isinstance(xmp, bytes) else xmp.encode() if xmp else None
-    iptc = tags.get(IPTC) or (info.get("photoshop") or {}).get(IPTC_RESOURCE)
+    iptc = tiff.bytes_of(tags, IPTC) or (info.get("photoshop") or {}).get(IPTC_RESOURCE)
     found["iptc"] = iptc if isinstance(iptc, bytes) and iptc else None
     comment = info.get("comment") if kind in ("JPEG", "GIF") else None
     if comment:

@@ -146,8 +146,12 @@ def file_bits(image: Image.Image, kind: str, file: IO[bytes]) -> int:
     if kind == "TIFF":
         bits = image.tag_v2.get(258, 8)
         return max(bits) if isinstance(bits, tuple) else int(bits)
+    if kind not in ("SGI", "PSD", "JPEG2000", "AVIF"):
+        return 8
+    place = file.tell()  # where the decoder will go on
     file.seek(0)
     head = file.read(2**16)
+    file.seek(place)
     if kind == "SGI":
         return 8 * head[3]
     if kind == "PSD":
@@ -156,9 +160,7 @@ def file_bits(image: Image.Image, kind: str, file: IO[bytes]) -> int:
         # SIZ of the codestream: two bytes after 38 of sizes comes the first component's depth.
         at = head.find(b"\xff\x4f\xff\x51")
         return (head[at + 42] & 0x7F) + 1 if 0 <= at < len(head) - 42 else 8
-    if kind == "AVIF":
-        # The AV1 configuration: high_bitdepth and twelve_bit.
-        at = head.find(b"av1C")
-        flags = head[at + 6] if 0 <= at < len(head) - 6 else 0
-        return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
-    return 8
+    # AVIF: high_bitdepth and twelve_bit of the AV1 configuration.
+    at = head.find(b"av1C")
+    flags = head[at + 6] if 0 <= at < len(head) - 6 else 0
+    return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10

@@ -231,7 +231,7 @@ class _Source:
     def orientation(self) -> int:
         with contextlib.suppress(Exception):
             found = self.tags().get(ORIENTATION)
-            if found is not None:
+            if isinstance(found, (int, float)):
                 return int(found)
         return metadata.xmp_orientation(self.beside()["xmp"])
 

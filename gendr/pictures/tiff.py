@@ -325,5 +325,12 @@ def _by_libtiff(raw: bytes, compression: int, line: int, height: int) -> bytes:
 
 def profile(page: Page) -> bytes | None:
     """The ICC profile."""
-    found = page.tags.get(ICC)
-    return bytes(found) if found else None
+    return bytes_of(page.tags, ICC)
+
+
+def bytes_of(tags: Any, tag: int) -> bytes | None:
+    """A tag that holds bytes, of whichever type it is stored as."""
+    found = tags.get(tag)
+    if isinstance(found, tuple):
+        found = b"".join(found) if isinstance(found[0], bytes) else bytes(found)
+    return found if isinstance(found, bytes) and found else None

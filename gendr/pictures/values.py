@@ -77,9 +77,15 @@ def floating(
     if peak > HIGHLIGHTS and float(np.median(shown[shown > 0])) > 1:
         white = next((w for w in (255.0, 65535.0, 2.0**31 - 1, 2.0**32 - 1) if peak <= w), peak)
         notes.append(f"floating-point values, of up to {peak:g}, were divided by {white:.0f}")
-    elif peak > 1:
+    elif peak > 1 + ROUNDING:
         share = float((shown > 1).mean())
-        notes.append(f"floating-point values, of up to {peak:g}: the {share:.1%} above 1 are white")
+        if share > SHARE:
+            white = peak
+            notes.append(f"floating-point values, of up to {peak:g}, were divided by {peak:g}")
+        else:
+            notes.append(
+                f"floating-point values, of up to {peak:g}: the {share:.1%} above 1 are white"
+            )
     if low < 0:
         notes.append(f"floating-point values, from {low:g}: those below 0 are black")
     values = np.clip(values, 0, white).astype(np.float32)
