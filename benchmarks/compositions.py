@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gendr.onestep import OneStep, StepConfig, folded_config
+from gendr.networks.onestep import OneStep, StepConfig, folded_config
+from gendr.networks.unet import UNetConfig
+from gendr.networks.vae import VAE, VAEConfig
 from gendr.schedule import BETA_END, BETA_START, STEPS, alpha_bar, beta_bar
-from gendr.speed import Eager
-from gendr.unet import UNetConfig
-from gendr.vae import VAE, VAEConfig
+from gendr.speed.runners import Eager
 
 from .macs import Stage
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gendr.graphs import Fn
+from gendr.speed.graphs import Fn
 
 
 class Rerun:

@@ -19,13 +19,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory import Watch
-from gendr.onestep import StepConfig
-from gendr.unet import UNet
-from train import cida, estimate, iteration, plan, recipe
-from train.discriminator import Discriminator
-from train.iteration import Generator, Iteration, Sample
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import UNet
+from train import cida, plan, recipe
+from train import memory as estimate
 from train.processes import Processes
-from train.scores import Scores, recompute_blocks
+from train.stage2 import step as iteration
+from train.stage2.discriminator import Discriminator
+from train.stage2.scores import Scores, recompute_blocks
+from train.stage2.step import Generator, Iteration, Sample
 
 GIB = 2**30
 

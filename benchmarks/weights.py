@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gendr
-from gendr import checkpoint
-from gendr.onestep import StepConfig
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import TINY_UNET, UNet
+from gendr.networks.vae import TINY_VAE, VAE
 from gendr.schedule import alpha_bar, beta_bar
-from gendr.unet import TINY_UNET, UNet
-from gendr.vae import TINY_VAE, VAE
 
 from .compositions import Plain, has_text_encoder, text_encoder
 

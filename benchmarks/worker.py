@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gendr
-from gendr import checkpoint, devices
-from gendr.onestep import StepConfig
-from gendr.speed import Graphed, Speed
-from gendr.strips import Strips
+from gendr import devices
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig
+from gendr.networks.strips import Strips
+from gendr.speed.runners import Graphed, Speed
 
 from .compositions import Ours, Plain, plain_unet, plain_vae
 from .memory import Watch

@@ -5,8 +5,8 @@ model = gendr.load()                       # GenDR-Tiny, or load("some.safetenso
 result = model.restore(image, scale=4)     # b c h w in [0, 1]
 """
 
-from .checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save
 from .fidelity import difference
+from .files.checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save
 from .model import GenDR
 from .pictures import Picture, PictureError
 from .plan import Plan

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, pictures
+from . import pictures
 from .commands import compare, doctor, jobs, trouble, upscale, words
+from .files import checkpoint
 from .settings import Settings
 
 

@@ -188,22 +188,27 @@ def _match(
 
 
 def _lab_moments(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of L, a, b over each picture, b 3 1 1, joined from strips in float64."""
+    """Mean and variance of L, a, b over each picture, b 3 1 1, summed in float64.
+
+    In float32 the rounding of a sum depends on where strips end and on the number of threads, and
+    the steep start of the sRGB curve shows it in dark pixels.
+    """
     count, mean, squares = 0, 0.0, 0.0
     for top, bottom in _strips(image):
         part = to_lab(_coloured(image[..., top:bottom, :]))
+        # Apple's devices have no float64.
+        part = (part.cpu() if part.device.type == "mps" else part).double()
         n = part.shape[-2] * part.shape[-1]
         part_var, part_mean = torch.var_mean(part, dim=(-2, -1), correction=0, keepdim=True)
-        part_var, part_mean = part_var.cpu().double(), part_mean.cpu().double()
         step = part_mean - mean
         count += n
         mean = mean + step * (n / count)
         squares = squares + part_var * n + step**2 * (n * (count - n) / count)
-    return mean.to(image.device, torch.float32), (squares / count).to(image.device, torch.float32)
+    return tuple(value.float().to(image.device) for value in (mean, squares / count))
 
 
 def _strips(image: Tensor, least: int = 1) -> Iterator[tuple[int, int]]:
-    """First and last-but-one rows of strips of about `STRIP` values and at least `least` rows."""
+    """Row ranges (top, bottom), bottom exclusive, of strips of about `STRIP` values and at least `least` rows."""
     b, c, height, width = image.shape
     rows = max(least, STRIP // (b * c * width))
     for top in range(0, height, rows):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from . import devices, plan
-from . import speed as speeds
+from .alpha import check_image
 from .devices import Precision
-from .inputs import check_image
-from .onestep import Step
+from .networks.onestep import Step
 from .plan import Plan
 from .report import OnProgress, Report
 from .restoration import Restoration
 from .settings import SPEEDS, Settings
+from .speed import runners as speeds
 from .tiles import seam_score
 
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .blocks import PHASE_POSITIONS
-from .onestep import StepConfig
+from .networks.blocks import PHASE_POSITIONS
+from .networks.onestep import StepConfig
 from .resize import up_to_multiple
 from .settings import Settings
 from .tiles import WHOLE, Grid, fit_grid

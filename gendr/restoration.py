@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import color, devices
+from .alpha import fill_transparent, split_alpha
 from .fidelity import back_project, psnr, reduce
-from .inputs import fill_transparent, split_alpha
-from .onestep import OneStep, Step
+from .networks.onestep import OneStep, Step
+from .networks.strips import Strips
 from .plan import Plan, latent_grid
 from .report import Cancelled, OnProgress, Progress
 from .resize import pad, resize, roll_up, unroll
 from .settings import Settings
-from .strips import Strips
+from .speed.transfer import Transfer
 from .tiles import finished, fit_grid, recovering, tiled
-from .transfer import Transfer
 
 if TYPE_CHECKING:
     from .model import GenDR

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..gendr import GenDR, checkpoint
+from ..gendr import GenDR
+from ..gendr.files import checkpoint
 from ..gendr.settings import SPEEDS
 
 HOSTED = importlib.util.find_spec("folder_paths") is not None

@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gendr import checkpoint
+from gendr.files import checkpoint
 from gendr.model import GenDR
-from gendr.onestep import StepConfig, Unfolded
-from gendr.unet import UNet, UNetConfig
-from gendr.vae import VAE, VAEConfig
+from gendr.networks.onestep import StepConfig, Unfolded
+from gendr.networks.unet import UNet, UNetConfig
+from gendr.networks.vae import VAE, VAEConfig
 
 UNET = UNetConfig(
     block_out_channels=(16, 32),

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gendr import fused, kernels
+from gendr.networks import fused
+from gendr.networks import triton_kernels as kernels
 
 # (channels, groups, height, width): groups of odd widths, maps of one position, several shares.
 SHAPES = [(8, 4, 5, 7), (30, 3, 4, 4), (20, 2, 1, 1), (6, 2, 21, 13)]

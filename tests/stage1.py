@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from gendr.unet import UNet, UNetConfig
-from gendr.vae import VAE, VAEConfig
-from train.denoising import Denoiser, Objective, Rules
+from gendr.networks.unet import UNet, UNetConfig
+from gendr.networks.vae import VAE, VAEConfig
+from train.data.stream import Batch
 from train.features import DinoV2, Projector
-from train.prompts import Prompts, random_prompts
-from train.stream import Batch
+from train.stage1.prompts import Prompts, random_prompts
+from train.stage1.step import Denoiser, Objective, Rules
 
 UNET = UNetConfig(
     latent_channels=16,

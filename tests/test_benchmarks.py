@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks import compositions, gpu, macs, memory, pipeline, worker
 from benchmarks.weights import full_config
-from gendr import checkpoint
-from gendr.onestep import StepConfig
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig
 
 FLOAT = (torch.float32, torch.float32)
 

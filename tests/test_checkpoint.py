@@ -11,11 +11,12 @@ from conftest import UNET, VAE_, header, random_network
 from safetensors.torch import load_file, save_file
 
 import gendr
-from gendr import CheckpointError, checkpoint, layouts
-from gendr.onestep import OneStep, StepConfig, Unfolded, fold
-from gendr.shapes import unet_config, vae_config
-from gendr.unet import SD21, SD21_16, UNet, UNetConfig
-from gendr.vae import SD_VAE, TINY_VAE, VAE, VAE16, VAEConfig
+from gendr import CheckpointError
+from gendr.files import checkpoint, layouts
+from gendr.files.shapes import unet_config, vae_config
+from gendr.networks.onestep import OneStep, StepConfig, Unfolded, fold
+from gendr.networks.unet import SD21, SD21_16, UNet, UNetConfig
+from gendr.networks.vae import SD_VAE, TINY_VAE, VAE, VAE16, VAEConfig
 
 X = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 # Without patches, as Stable Diffusion's own: what foreign layouts can express.

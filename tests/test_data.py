@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from train import data, pairs, peers
+from train import pairs, peers
+from train.data import pictures as data
 
 
 @pytest.fixture(autouse=True)

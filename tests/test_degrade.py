@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from train import codecs, degrade, kernels, noise
-from train.draws import Draws
+from train import degrade
+from train.data import blur as kernels
+from train.data import codecs, noise
+from train.data.draws import Draws
 
 
 def picture(seed: int, side: int = 96) -> np.ndarray:

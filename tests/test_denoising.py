@@ -10,12 +10,13 @@ import torch
 from conftest import random_network
 from stage1 import UNET, VAE_, cut, gradients, pictures, small
 
-from train import denoising, losses
-from train.denoising import Objective, Rules, Sample
-from train.foundation import Foundation
-from train.previews import Preview
-from train.scores import recompute_blocks
-from train.stream import Batch
+from train import losses
+from train.data.stream import Batch
+from train.stage1 import step as denoising
+from train.stage1.networks import Foundation
+from train.stage1.previews import Preview
+from train.stage1.step import Objective, Rules, Sample
+from train.stage2.scores import recompute_blocks
 
 # ---- the loss ----
 

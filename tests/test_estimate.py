@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from gendr.unet import SD21_16, TINY_UNET, UNet
-from train import estimate
-from train.estimate import GIB
-from train.scores import recompute_blocks
+from gendr.networks.unet import SD21_16, TINY_UNET, UNet
+from train import memory as estimate
+from train.memory import GIB
+from train.stage2.scores import recompute_blocks
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import torch
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig
 from transformers import Dinov2WithRegistersModel as Registers
 
-from gendr.unet import UNet, UNetConfig
-from train import losses, scores
+from gendr.networks.unet import UNet, UNetConfig
+from train import losses
 from train.features import CELL, Aligned, DinoV2, FeaturesError, Projector, tokens
+from train.stage2 import scores
 
 SMALL = {
     "hidden_size": 16,

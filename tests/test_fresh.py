@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import gendr
-from gendr import checkpoint
+from gendr.files import checkpoint
 from gendr.resize import resize
-from train import pairs, restorer
-from train.fresh import Fresh, Scales
+from train import pairs, peers, restorer
 from train.run import Run
+from train.tiny.fresh import Fresh, Scales
 
 ALL = Scales.parse("4=.5,2=.2,1-4=.3")
 
@@ -65,7 +65,7 @@ def test_scales_come_in_their_shares():
 @pytest.mark.parametrize("scale", [1, 1.3, 2, 2.75, 3, 4])
 def test_the_input_has_been_enlarged_as_restore_enlarges(pictures, scale):
     data = fresh(pictures, scales=Scales.parse(f"{scale}=1"))
-    hr, lr, _ = data.pair(3)
+    hr, lr, *_ = data.pair(3)
     item = data[3]
     side = round(64 / scale)
     assert lr.shape == (side, side, 3)
@@ -77,6 +77,16 @@ def test_the_input_has_been_enlarged_as_restore_enlarges(pictures, scale):
 def test_a_clean_pair_at_scale_1_is_its_own_input(pictures):
     item = fresh(pictures, scales=Scales.parse("1=1"), clean=1.0)[0]
     torch.testing.assert_close(item["input"], item["hr"])
+
+
+def test_a_teacher_shows_damaged_pictures_at_large_scales_only(pictures):
+    teacher = peers.Teacher(lambda x: torch.zeros_like(x), digest="")
+    for scale, clean, taught in ((4, 0.0, True), (4, 1.0, False), (2, 0.0, False)):
+        options = pairs.Options(crop=64)
+        scales = Scales.parse(f"{scale}=1")
+        item = Fresh(pictures, options, scales, clean, teacher=teacher)[1]
+        expected = torch.full((3, 64, 64), -1.0) if taught else item["hr"]
+        assert torch.equal(item["teacher"], expected)
 
 
 def test_the_clean_share_is_kept(pictures):
@@ -153,5 +163,14 @@ def test_pictures_or_shards_not_both(pictures, tmp_path, capsys):
     for more in ({"data": pictures}, {"teacher-share": 0.5}):
         with pytest.raises(SystemExit):
             restorer.main(words(pictures, tmp_path / "run", **more))
-    assert "no teacher" in capsys.readouterr().err
+    assert "fresh pairs need --teacher" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_of_features_needs_features(pictures, tmp_path, capsys):
+    for more in ({}, {"perceptual": 1, "matching": 1}):
+        with pytest.raises(SystemExit):
+            restorer.main(words(pictures, tmp_path, adversarial=1, judge="features", **more))
+    said = capsys.readouterr().err
+    assert "give it a weight" in said
+    assert "--judge patch" in said

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from conftest import VAE_, random_network
 from torch import nn
 
-from gendr import checkpoint, fused
-from gendr.onestep import fold
-from gendr.speed import prepare
+from gendr.files import checkpoint
+from gendr.networks import fused
+from gendr.networks.onestep import fold
+from gendr.speed.runners import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,7 +118,7 @@ def test_trouble_is_named_and_not_raised(monkeypatch):
     reason = fused.trouble.__wrapped__("cpu")
     assert "Triton" in reason
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "gendr.kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "gendr.networks.triton_kernels", raising=False)
     assert fused.trouble.__wrapped__("cpu") == "Triton is not installed"
     # A CPU never asks.
     assert not fused.by_kernel(rand(1, 2, 3, 3))

@@ -16,8 +16,10 @@ from torch import nn
 
 import gendr
 from benchmarks.rerun import Rerun
-from gendr import checkpoint, fused, speed
-from gendr.graphs import CudaRecorder, Graphs, Stamp
+from gendr.files import checkpoint
+from gendr.networks import fused
+from gendr.speed import runners as speed
+from gendr.speed.graphs import CudaRecorder, Graphs, Stamp
 
 REHEARSAL = os.environ.get("GENDR_GPU_TESTS") == "cpu"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gendr import schedule
-from gendr.onestep import StepConfig
-from gendr.unet import UNet, UNetConfig
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import UNet, UNetConfig
 from train import losses
 from train.losses import Distillation, Weights, distillation
 

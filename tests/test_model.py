@@ -7,10 +7,10 @@ import torch
 
 import gendr
 from gendr import Settings
+from gendr.alpha import fill_transparent
 from gendr.fidelity import reduce
-from gendr.inputs import fill_transparent
-from gendr.onestep import OneStep
-from gendr.strips import Strips
+from gendr.networks.onestep import OneStep
+from gendr.networks.strips import Strips
 
 
 def picture(h: int, w: int, c: int = 3, b: int = 1, seed: int = 0) -> torch.Tensor:

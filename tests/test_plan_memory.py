@@ -12,10 +12,10 @@ from torch import nn
 
 from benchmarks.memory import FusedAttention, LiveBytes
 from gendr import plan
-from gendr.onestep import OneStep, StepConfig, fold, folded_config
-from gendr.strips import Strips
-from gendr.unet import SD21, TINY_UNET
-from gendr.vae import SD_VAE, TINY_VAE
+from gendr.networks.onestep import OneStep, StepConfig, fold, folded_config
+from gendr.networks.strips import Strips
+from gendr.networks.unet import SD21, TINY_UNET
+from gendr.networks.vae import SD_VAE, TINY_VAE
 
 # More than this would send pictures to tiles that fit whole.
 GENEROUS = 1.6

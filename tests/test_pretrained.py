@@ -10,9 +10,9 @@ import torch
 from conftest import random_network
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from gendr import checkpoint, layouts
-from train import pretrained
-from train.pretrained import PretrainedError
+from gendr.files import checkpoint, layouts
+from train.stage1 import pretrained
+from train.stage1.pretrained import PretrainedError
 
 
 def tiny_unet(**changes):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from test_embeddings import LENGTH, WIDTH, save_encoder
 
-from train import embeddings, prompts
-from train.data import Degradation, Pictures
+from train import embeddings
+from train.data.pictures import Degradation, Pictures
+from train.data.stream import sample_generator
 from train.embeddings import NEGATIVE, POSITIVE
-from train.prompts import Prompts, damage_in_words, from_encoder, random_prompts, with_terms
-from train.stream import sample_generator
+from train.stage1 import prompts
+from train.stage1.prompts import Prompts, damage_in_words, from_encoder, random_prompts, with_terms
 
 
 @pytest.fixture(scope="module")

@@ -20,21 +20,22 @@ from transformers import Dinov2Model
 from two import run_two
 
 import gendr
-from gendr import checkpoint, schedule
-from gendr.unet import UNet
+from gendr import schedule
+from gendr.files import checkpoint
+from gendr.networks.unet import UNet
 from train import recipe, repa
-from train.denoising import Objective
 from train.features import Projector
 from train.processes import Processes
-from train.prompts import Prompts, random_prompts
 from train.run import Run, TrainingError
+from train.stage1.prompts import Prompts, random_prompts
+from train.stage1.step import Objective
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def short_previews(monkeypatch):
-    monkeypatch.setattr("train.previews.STEPS", 2)
+    monkeypatch.setattr("train.stage1.previews.STEPS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,9 @@ def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
     )
     own, start = checkpoint.split(tensors)["vae"], checkpoint.read(latent)[1]
     assert all(torch.equal(v, start[f"vae.{k}"].half()) for k, v in own.items())
-    Projector(8, 16).load_state_dict(gendr.checkpoint.read_file(out / "projector.safetensors")[1])
+    Projector(8, 16).load_state_dict(
+        gendr.files.checkpoint.read_file(out / "projector.safetensors")[1]
+    )
     assert capsys.readouterr().out.strip().endswith("model.safetensors")
 
 

@@ -8,12 +8,14 @@ import torch
 from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 
-from gendr import layouts, schedule
-from gendr.unet import SD21_16, UNet, UNetConfig
-from train import discriminator, losses, scores
-from train.discriminator import Discriminator
+from gendr import schedule
+from gendr.files import layouts
+from gendr.networks.unet import SD21_16, UNet, UNetConfig
+from train import losses
 from train.losses import Distillation
-from train.scores import ADAPTERS, Scores, drop_prompt, frozen
+from train.stage2 import discriminator, scores
+from train.stage2.discriminator import Discriminator
+from train.stage2.scores import ADAPTERS, Scores, drop_prompt, frozen
 
 TINY = UNetConfig(
     latent_channels=4,

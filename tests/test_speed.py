@@ -13,12 +13,14 @@ from torch import nn
 
 import gendr
 from benchmarks.rerun import Rerun
-from gendr import graphs, plan, speed
-from gendr.graphs import Graphs, Stamp
-from gendr.onestep import StepConfig, fold
+from gendr import plan
+from gendr.networks.onestep import StepConfig, fold
 from gendr.settings import SPEEDS, Settings
+from gendr.speed import graphs
+from gendr.speed import runners as speed
+from gendr.speed.graphs import Graphs, Stamp
+from gendr.speed.transfer import Transfer
 from gendr.tiles import fit_grid, recovering, tiled
-from gendr.transfer import Transfer
 
 CPU = torch.device("cpu")
 GIB = 2**30

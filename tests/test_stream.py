@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data import DataError, Degradation
-from train.stream import Stream, draw, sample_generator
+from train.data.pictures import DataError, Degradation
+from train.data.stream import Stream, draw, sample_generator
 
 
 @pytest.fixture(scope="module")

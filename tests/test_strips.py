@@ -9,9 +9,11 @@ import torch
 from conftest import UNET, VAE_, random_network
 
 import gendr
-from gendr.onestep import fold
+from gendr.networks.onestep import fold
+from gendr.networks.strips import Strips
 from gendr.resize import pad, resize, roll_up, unroll
-from gendr.strips import Strips
+
+pytestmark = pytest.mark.threads
 
 PLAIN = replace(VAE_, norm_num_groups=0, mid_attention=False, quant_conv=False, linear_path=True)
 DEEP = replace(VAE_, patch_size=1, block_out_channels=(16, 16, 32, 32), shift_factor=0.1)

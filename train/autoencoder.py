@@ -20,12 +20,12 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gendr.vae import TINY_VAE, VAE
+from gendr.networks.vae import TINY_VAE, VAE
 from train import layers
-from train.estimate import plan
+from train.data.shards import Pairs
+from train.memory import plan
 from train.pixels import pixel_loss, psnr
 from train.run import Average, Run, step_generator
-from train.shards import Pairs
 
 GRADIENT, LATENT = 0.25, 1e-4
 

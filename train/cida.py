@@ -29,24 +29,25 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from gendr import checkpoint
 from gendr.devices import Precision
+from gendr.files import checkpoint
 from gendr.model import GenDR
-from gendr.onestep import Unfolded
+from gendr.networks.onestep import Unfolded
 from gendr.restoration import NotFinite
-from train import iteration, losses, recipe
-from train.data import DataError, Degradation
+from train import losses, recipe
+from train.data.pictures import DataError, Degradation
+from train.data.stream import Batch, Stream
 from train.evaluation.testset import InputError
 from train.features import FeaturesError
-from train.iteration import Iteration, Sample
-from train.networks import Networks
 from train.pixels import enlarge
 from train.plan import plan
 from train.processes import Processes
 from train.recipe import SettingsError, setting
 from train.run import Average, Run, TrainingError
-from train.stream import Batch, Stream
-from train.validation import Validation
+from train.stage2 import step as iteration
+from train.stage2.networks import Networks
+from train.stage2.step import Iteration, Sample
+from train.stage2.validation import Validation
 
 # May differ when a run is resumed: they change where things lie and what is shown, not the result.
 FREE = ("data", "base", "generator", "projector", "workers", "log_every", "save_every")

@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from train.codecs import Codec, available, compressed, shares, to_bytes, to_float
-from train.draws import Draws
-from train.kernels import Kernels, blur, draw_kernel, draw_side, gaussian_kernel, sinc_kernel
-from train.noise import Noise, gaussian_noise, noised
+from train.data.blur import Kernels, blur, draw_kernel, draw_side, gaussian_kernel, sinc_kernel
+from train.data.codecs import Codec, available, compressed, shares, to_bytes, to_float
+from train.data.draws import Draws
+from train.data.noise import Noise, gaussian_noise, noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,8 @@ MILD = Mild()
 MIXES: dict[str, dict[str, float]] = {
     "paper": {"realesrgan": 0.5, "apisr": 0.5},
     "tiny": {"clean": 0.12, "mild": 0.48, "realesrgan": 0.25, "apisr": 0.15},
+    # For fresh pairs, whose clean share is a setting of its own.
+    "light": {"mild": 0.7, "realesrgan": 0.18, "apisr": 0.12},
 }
 KINDS = ("realesrgan", "apisr", "mild", "clean", "mixed")
 
@@ -313,9 +315,9 @@ def sheet(
 
 
 def main(argv: list[str] | None = None) -> int:
-    from train import (
-        data,
-    )  # which imports this module: pictures are found and decoded as in training
+    from train.data import (
+        pictures as data,  # which imports this module: pictures are found and decoded as in training
+    )
 
     parser = argparse.ArgumentParser(
         prog="python -m train.degrade", description="Look at degradations."

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from gendr.unet import UNet
+from gendr.networks.unet import UNet
 
 # Names in recipes -> the hub's; widths are 384, 768, 1024 and 1536.
 ENCODERS = {

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from train import data, degrade, peers
+from train import degrade, peers
+from train.data import pictures as data
 
 SHARD = 1024
 SHRINK = (0.5, 1.0)  # now and then a source is made smaller first, so that scales vary

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from gendr import checkpoint
-from gendr.onestep import StepConfig
-from gendr.unet import UNet
-from gendr.vae import VAE
-from train import estimate
-from train.discriminator import Discriminator
-from train.estimate import gib, parameters
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig
+from gendr.networks.unet import UNet
+from gendr.networks.vae import VAE
+from train import memory as estimate
 from train.features import ENCODERS, Projector
-from train.iteration import rules
-from train.scores import Scores, recompute_blocks
+from train.memory import gib, parameters
+from train.stage2.discriminator import Discriminator
+from train.stage2.scores import Scores, recompute_blocks
+from train.stage2.step import rules
 
 # Widths and sizes of DINOv2, by the names of recipes.
 ENCODER_SIZES = {

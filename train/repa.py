@@ -8,7 +8,7 @@ A run goes through phases one after another: `adapt` trains only the new convolu
 normalisations, `full` everything, `refine` everything on pictures with quality terms, damaged ones
 among them. `sizes`, `steps`, `micro_batch` and `lr` give one value for each phase, or one for all.
 
-Pictures are folders or tars with captions (train.data), or one folder of ready pairs (train.pairs).
+Pictures are folders or tars with captions (train.data.pictures), or one folder of ready pairs (train.pairs).
 SD2.1 and the VAE come from the hub, a folder or a file (train/README.md names the copies that there
 are); --base "" trains GenDR-Tiny's UNet from nothing. Run the same command again to resume. The run
 folder holds model.safetensors (averaged weights; the base of train.cida, and `gendr upscale` and
@@ -32,19 +32,22 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gendr import checkpoint, schedule
-from gendr.onestep import Unfolded
-from train import denoising, pretrained, recipe
-from train.data import DataError, Degradation
+from gendr import schedule
+from gendr.files import checkpoint
+from gendr.networks.onestep import Unfolded
+from train import recipe
+from train.data.pictures import DataError, Degradation
+from train.data.stream import Batch, Stream
 from train.embeddings import EmbeddingsError
-from train.engines import DeepSpeed, Plain, by_deepspeed
 from train.features import FeaturesError
-from train.foundation import Foundation, plan
-from train.previews import Preview
 from train.processes import Processes
 from train.recipe import SettingsError, setting
 from train.run import Average, Run, TrainingError
-from train.stream import Batch, Stream
+from train.stage1 import pretrained
+from train.stage1 import step as denoising
+from train.stage1.engines import DeepSpeed, Plain, by_deepspeed
+from train.stage1.networks import Foundation, plan
+from train.stage1.previews import Preview
 
 # May differ when a run is resumed: they change where things lie and what is shown, not the result.
 FREE = ("data", "base", "vae", "encoder", "workers", "log_every", "save_every", "validate")

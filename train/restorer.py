@@ -30,25 +30,26 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gendr import checkpoint
-from gendr.onestep import StepConfig, Unfolded
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig, Unfolded
+from gendr.networks.unet import TINY_UNET, UNet
+from gendr.networks.vae import TINY_VAE, VAE
 from gendr.schedule import beta_bar
-from gendr.unet import TINY_UNET, UNet
-from gendr.vae import TINY_VAE, VAE
-from train import degrade, layers, pairs
-from train.adversary import (
+from train import degrade, layers, pairs, peers
+from train.data.shards import Pairs
+from train.memory import plan
+from train.pixels import enlarge, pixel_loss, psnr
+from train.run import Average, Run, step_generator
+from train.tiny.adversary import (
     Discriminator,
-    balance,
+    FeatureDiscriminator,
+    balanced,
     discriminator_loss,
     feature_matching,
     generator_loss,
 )
-from train.estimate import plan
-from train.fresh import Fresh, Scales
-from train.perceptual import efficientnet_lite0
-from train.pixels import enlarge, pixel_loss, psnr
-from train.run import Average, Run, step_generator
-from train.shards import Pairs
+from train.tiny.fresh import Fresh, Scales
+from train.tiny.perceptual import efficientnet_lite0
 
 # Tiles of the exported model, pixels. Larger than the crops it is trained on: the autoencoder has
 # no normalisation and the UNet's attention is local enough (measured at 256, 512 and 1024).
@@ -122,7 +123,8 @@ def fresh(args: argparse.Namespace, *, scales: str, clean: float, seed: int) -> 
         flat=args.flat,
         weights=args.weights,
     )
-    return Fresh(args.pictures, options, Scales.parse(scales), clean)
+    teacher = peers.teacher(Path(args.teacher)) if args.teacher else None
+    return Fresh(args.pictures, options, Scales.parse(scales), clean, teacher=teacher)
 
 
 def checks(args: argparse.Namespace, count: int) -> dict[str, dict[str, Tensor]]:
@@ -168,6 +170,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--clean", type=float, default=0.35, help="share of fresh pairs that are only reduced"
+    )
+    parser.add_argument(
+        "--teacher",
+        help="a restorer that spandrel can read, for damaged fresh pairs of large scales",
     )
     parser.add_argument("--mix", choices=tuple(degrade.MIXES), default="tiny", help="of the others")
     parser.add_argument("--drawn", type=float, default=0.06, help="share of text and line art")
@@ -221,6 +227,12 @@ def main(argv: list[str] | None = None) -> None:
         default=0.0,
         help="weight of the distance of EfficientNet-Lite0's features: 1",
     )
+    parser.add_argument(
+        "--perceptual-to",
+        choices=("hr", "teacher"),
+        default="hr",
+        help="what that distance is measured to",
+    )
     parser.add_argument("--autoencode", type=float, default=0.25, help="share of the batch")
     parser.add_argument(
         "--adversarial",
@@ -235,6 +247,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--matching", type=float, default=0.0, help="weight of the discriminator's features: 1"
+    )
+    parser.add_argument(
+        "--judge",
+        choices=("patch", "features"),
+        default="patch",
+        help="the discriminator sees pixels, or the features of --perceptual",
     )
     parser.add_argument("--judge-width", type=int, default=32, help="of the discriminator")
     parser.add_argument(
@@ -259,8 +277,12 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.data) == bool(args.pictures):
         parser.error("give --data (shards) or --pictures (fresh pairs), one of the two")
     taught = bool(args.teacher_share) or args.real == "teacher"
-    if args.pictures and taught:
-        parser.error("fresh pairs have no teacher: --teacher-share 0, and --real hr")
+    if args.pictures and taught != bool(args.teacher):
+        parser.error("fresh pairs need --teacher for --teacher-share above 0 or --real teacher")
+    if args.judge == "features" and args.adversarial and not args.perceptual:
+        parser.error("--judge features looks at what --perceptual computes: give it a weight")
+    if args.judge == "features" and args.matching:
+        parser.error("--matching compares features of --judge patch; --perceptual does it here")
     run = Run(
         args.out,
         config,
@@ -271,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.data:
         shards = Pairs(args.data, ("hr", "lr", "teacher") if taught else ("hr", "lr"))
         whole = shards.batch(step_generator(args.seed, -1), 16, shards.size // 64 * 64)
-        fixed_batches = {"pairs": enlarged(whole, shards.scale)}
+        fixed_batches = {"": enlarged(whole, shards.scale)}
     else:
         made = fresh(args, scales=args.scales, clean=args.clean, seed=args.seed)
         fixed_batches = checks(args, 16)
@@ -307,8 +329,14 @@ def main(argv: list[str] | None = None) -> None:
         "schedule": schedule,
         "average": average,
     }
-    discriminator = Discriminator(args.judge_width).to(device) if args.adversarial else None
-    if discriminator is not None:
+    discriminator = None
+    if args.adversarial:
+        if args.judge == "features":
+            maps = perceptual.maps(torch.zeros(1, 3, 64, 64, device=device))
+            discriminator = FeatureDiscriminator([m.shape[1] for m in maps], args.judge_width)
+        else:
+            discriminator = Discriminator(args.judge_width)
+        discriminator.to(device)
         judge = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
         state |= {"discriminator": discriminator, "judge": judge}
         if args.init and (earlier := Path(args.init) / "state.pt").exists():
@@ -330,24 +358,25 @@ def main(argv: list[str] | None = None) -> None:
         values = {}
         for name, batch in fixed_batches.items():
             x, hr = batch["input"].to(device), batch["hr"].to(device)
+            prefix = f"{name}_" if name else ""
             with average.swapped(), torch.no_grad():
                 y = network(x)
                 z = network.vae.encode(hr)
                 plain = network.vae.decode(z)
                 if perceptual is not None:
-                    values[f"{name}_perceptual"] = float(perceptual(y, hr))
+                    values[f"{prefix}perceptual"] = float(perceptual(y, hr))
             values |= {
-                f"{name}_psnr": psnr(y, hr),
-                f"{name}_psnr_input": psnr(x, hr),
-                f"{name}_psnr_autoencoder": psnr(plain, hr),
-                f"{name}_latent_std": float(z.std()),
+                f"{prefix}psnr": psnr(y, hr),
+                f"{prefix}psnr_input": psnr(x, hr),
+                f"{prefix}psnr_autoencoder": psnr(plain, hr),
+                f"{prefix}latent_std": float(z.std()),
             }
             rows = [x[:6], y[:6], hr[:6]]
             if "teacher" in batch:
                 target = batch["teacher"].to(device)
-                values[f"{name}_psnr_to_teacher"] = psnr(y, target)
+                values[f"{prefix}psnr_to_teacher"] = psnr(y, target)
                 rows.insert(2, target[:6])
-            sheet(run.folder / f"sheet_{name}.png", *rows)
+            sheet(run.folder / f"{prefix}sheet.png", *rows)
         run.log(step, **values)
         return "  ".join(f"{k} {v:.3f}" for k, v in values.items())
 
@@ -372,35 +401,61 @@ def main(argv: list[str] | None = None) -> None:
             y = network.decode(torch.cat([network.step(z_l), z_plain]))
         y, y_plain = y[: args.batch], y[args.batch :]
         loss = (1 - args.teacher_share) * pixel_loss(y, batch["hr"], gradient=args.gradient)
-        extra = {"pixel": float(loss.detach())}
         if args.teacher_share:
             term = pixel_loss(y, batch["teacher"], gradient=args.gradient)
             loss = loss + args.teacher_share * term
+        extra = {"pixel": float(loss.detach())}
+        real = batch[args.real or ("teacher" if args.teacher_share else "hr")]
+        shown: Any = y
         if perceptual is not None:
-            term = perceptual(y, batch["hr"])
+            shown = perceptual.maps(y)
+            with torch.no_grad():
+                wanted = perceptual.maps(batch[args.perceptual_to])
+            term = perceptual.distance(shown, wanted)
             extra["perceptual"] = float(term.detach())
             loss = loss + args.perceptual * term
+        pull = None
         if discriminator is not None:
-            target = batch[args.real or ("teacher" if args.teacher_share else "hr")]
+            if args.judge == "features":
+                with torch.no_grad():
+                    source, true = perceptual.maps(x), perceptual.maps(real)
+                told = (
+                    discriminator(true, source),
+                    discriminator([m.detach() for m in shown], source),
+                )
+                verdict = torch.stack(
+                    [discriminator_loss(*pair) for pair in zip(*told, strict=True)]
+                ).mean()
+            else:
+                verdict = discriminator_loss(
+                    discriminator(real, x), discriminator(y.detach().float(), x)
+                )
             judge.zero_grad(set_to_none=True)
-            verdict = discriminator_loss(
-                discriminator(target, x), discriminator(y.detach().float(), x)
-            )
             verdict.backward()
             judge.step()
+            extra["discriminator"] = float(verdict.detach())
             if step > args.alone:
-                seen = discriminator.features(y.float(), x)
-                fooled = generator_loss(seen[-1])
-                if args.matching:
-                    with torch.no_grad():
-                        wanted = discriminator.features(target, x)
-                    fooled = fooled + args.matching * feature_matching(wanted, seen)
-                last = network.vae.decoder.conv_out.weight
-                loss = loss + args.adversarial * balance(loss, fooled, last) * fooled
+                if args.judge == "features":
+                    logits = discriminator(shown, source)
+                    fooled = torch.stack([generator_loss(v) for v in logits]).mean()
+                else:
+                    seen = discriminator.features(y.float(), x)
+                    fooled = generator_loss(seen[-1])
+                    if args.matching:
+                        with torch.no_grad():
+                            wanted = discriminator.features(real, x)
+                        fooled = fooled + args.matching * feature_matching(wanted, seen)
+                pull = balanced(loss, fooled, y, args.adversarial)
+        rest = y.new_zeros(())
         if share:
-            loss = loss + args.autoencode * pixel_loss(y_plain, plain, gradient=args.gradient)
+            rest = args.autoencode * pixel_loss(y_plain, plain, gradient=args.gradient)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if pull is None:
+            (loss + rest).backward()
+        elif share:
+            torch.autograd.backward([y, rest], [pull, None])
+        else:
+            y.backward(pull)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         if run.accept(loss):
             optimizer.step()
@@ -409,8 +464,6 @@ def main(argv: list[str] | None = None) -> None:
         if step % 25 == 0:
             with torch.no_grad():
                 spread = float(y.detach().float().std())
-            if discriminator is not None:
-                extra["discriminator"] = float(verdict.detach())
             run.log(step, loss=float(loss.detach()), gradient=float(norm), spread=spread, **extra)
         if step % args.save_every == 0 or step == args.steps:
             run.say(f"step {step}: {validate(step)}")

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checkpoint, devices
+from .. import devices
+from ..files import checkpoint
 from ..model import GenDR
 from ..settings import SPEEDS
 

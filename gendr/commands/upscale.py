@@ -25,7 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, pictures
+from .. import pictures
+from ..files import checkpoint
 from ..model import GenDR
 from ..report import Report
 from ..settings import Settings

@@ -24,10 +24,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gendr import checkpoint
-from gendr.onestep import StepConfig, Unfolded
-from gendr.unet import UNet, UNetConfig
-from gendr.vae import TINY_VAE, VAE, VAEConfig
+from gendr.files import checkpoint
+from gendr.networks.onestep import StepConfig, Unfolded
+from gendr.networks.unet import UNet, UNetConfig
+from gendr.networks.vae import TINY_VAE, VAE, VAEConfig
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

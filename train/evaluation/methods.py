@@ -17,7 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import gendr
-from gendr import checkpoint, pictures
+from gendr import pictures
+from gendr.files import checkpoint
 from gendr.plan import pixel_grid
 from gendr.tiles import Grid
 from train import peers
@@ -133,9 +134,11 @@ def identity(*parts: Any) -> str:
 
 def code_sha256() -> str:
     """Hash of the sources that restore, without commands."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(gendr.__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    digest, package = hashlib.sha256(), Path(gendr.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package)
+        if name.parts[0] not in ("commands", "cli.py", "__main__.py"):
+            digest.update(name.as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

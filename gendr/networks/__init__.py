@@ -1,0 +1,1 @@
+"""The networks of one step and how they run: UNet, autoencoder, folded form, strips."""

@@ -1,0 +1,1 @@
+"""Training data: pictures, streams of crops, shards, degradations."""

@@ -1,0 +1,1 @@
+"""Stage 2: score distillation of the one-step restorer (train.cida)."""

@@ -1,0 +1,104 @@
+"""Conditional discriminators for the last stretch of a restorer trained in pixels.
+
+Regression leaves edges a little soft, as the mean of what they might be. The discriminator sees
+the enlarged input beside a result and tells the target's results from the network's: in pixels, or
+in the features of a frozen network (Projected GANs, arXiv 2111.01007), which learns from far fewer
+pictures and costs next to nothing where a perceptual term computes those features anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+class Discriminator(nn.Module):
+    """Picture and its input, each b 3 h w in [-1, 1] -> logits b 1 h/8 w/8, high = the target's.
+
+    Spectral norms keep it from winning at once; no normalisation, so crops don't see each other.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = [6, width, 2 * width, 4 * width]
+        for i, o in itertools.pairwise(channels):
+            layers += [spectral_norm(nn.Conv2d(i, o, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        layers += [spectral_norm(nn.Conv2d(channels[-1], channels[-1], 3, padding=1))]
+        layers += [nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 1, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, picture: Tensor, source: Tensor) -> Tensor:
+        return self.features(picture, source)[-1]
+
+    def features(self, picture: Tensor, source: Tensor) -> list[Tensor]:
+        """Maps behind every activation, coarsest last, and the logits at the end."""
+        x, found = torch.cat([picture, source], dim=1), []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.LeakyReLU):
+                found.append(x)
+        return [*found, x]
+
+
+class FeatureDiscriminator(nn.Module):
+    """Maps of a picture and of its input, as `Perceptual.maps` gives them -> logits per stage.
+
+    One small head per stage; spectral norms as above.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 32):
+        """channels: of the maps, finest first."""
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                spectral_norm(nn.Conv2d(2 * c, width, 4, stride=2, padding=1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(width, width, 3, padding=1)),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, 1, 3, padding=1),
+            )
+            for c in channels
+        )
+
+    def forward(self, picture: Sequence[Tensor], source: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            head(torch.cat([p, s], dim=1))
+            for head, p, s in zip(self.heads, picture, source, strict=True)
+        ]
+
+
+def discriminator_loss(target: Tensor, result: Tensor) -> Tensor:
+    """Hinge loss of logits: target's above 1, the network's below -1."""
+    return (F.relu(1 - target).mean() + F.relu(1 + result).mean()) / 2
+
+
+def generator_loss(result: Tensor) -> Tensor:
+    """What the network lowers to be taken for the target."""
+    return -result.mean()
+
+
+def feature_matching(target: list[Tensor], result: list[Tensor]) -> Tensor:
+    """Mean absolute difference of the maps that the discriminator sees, logits left out (pix2pixHD).
+
+    Unlike the logits it says where a result differs from its target, not only that it does.
+    """
+    pairs = zip(target[:-1], result[:-1], strict=True)
+    return torch.stack([F.l1_loss(r, t.detach()) for t, r in pairs]).mean()
+
+
+def balanced(regression: Tensor, adversarial: Tensor, picture: Tensor, share: float) -> Tensor:
+    """Gradient of both losses at the picture, the second scaled to `share` of the first's length.
+
+    VQGAN's rule (Eq. 7) with the result in the last layer's place: each loss is followed back once.
+    """
+    # Both losses may share what is behind them: kept for the second.
+    first = torch.autograd.grad(regression, picture, retain_graph=True)[0]
+    second = torch.autograd.grad(adversarial, picture)[0]
+    factor = first.float().norm() / (second.float().norm() + 1e-12)
+    return first + share * factor.clamp(max=1e4) * second
