@@ -229,9 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--perceptual-to",
-        choices=("hr", "teacher"),
+        choices=("hr", "teacher", "both"),
         default="hr",
-        help="what that distance is measured to",
+        help="what that distance is measured to; both: the mean of the two",
     )
     parser.add_argument("--autoencode", type=float, default=0.25, help="share of the batch")
     parser.add_argument(
@@ -409,9 +409,10 @@ def main(argv: list[str] | None = None) -> None:
         shown: Any = y
         if perceptual is not None:
             shown = perceptual.maps(y)
+            targets = ("hr", "teacher") if args.perceptual_to == "both" else (args.perceptual_to,)
             with torch.no_grad():
-                wanted = perceptual.maps(batch[args.perceptual_to])
-            term = perceptual.distance(shown, wanted)
+                wanted = [perceptual.maps(batch[target]) for target in targets]
+            term = torch.stack([perceptual.distance(shown, maps) for maps in wanted]).mean()
             extra["perceptual"] = float(term.detach())
             loss = loss + args.perceptual * term
         pull = None
