@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import stat
 import warnings
 import zipfile
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import devices
-from ..errors import first_line
+from ..errors import first_line, uncoloured
 from .shapes import CheckpointError
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -157,7 +158,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def unpickling(error: Exception) -> str:
     """What stopped torch's reader, without its advice to let the file run its code."""
-    found = re.search(r"(?:GLOBAL|function|global) ([\w.]+)", COLOURS.sub("", str(error)))
+    found = re.search(r"(?:GLOBAL|function|global) ([\w.]+)", uncoloured(error))
     return f"it asks for {found[1]}" if found else "it is damaged, or holds more than tensors"
 
 
