@@ -28,7 +28,7 @@ class GenDR:
     network: the folded (`OneStep`) or unfolded (`Unfolded`) step.
     precision: dtypes to compute in. casts: the network's layers cast their weights per call to
     what they are given (a host's own layers), so that precision is a matter of the input alone.
-    speed: one of `SPEEDS`; what can't be had on this device runs eagerly, and the report says why.
+    speed: one of `SPEEDS`; where it is not available, passes run eagerly, and the report says why.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class GenDR:
         self.network, self.header, self.precision = network, header, precision
         self.device, self.casts = torch.device(device), casts
         self.network.compute = (precision.vae, precision.unet)
+        self._last_size: tuple[int, int] | None = None
         self.speed = speeds.choose(speed, self.device, network, casts=casts)
         self.runner = speeds.runner(self.speed, network, self.device)
 
@@ -150,7 +151,12 @@ class GenDR:
                 is_oom=is_oom,
                 events=[self.speed.reason] if self.speed.reason else [],
             )
-            return restoration.run(part)
+            try:
+                return restoration.run(part)
+            finally:
+                if plan.padded_size != self._last_size:
+                    devices.give_back()
+                self._last_size = plan.padded_size
 
         if mask is None:
             return run(image)

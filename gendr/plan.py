@@ -139,7 +139,7 @@ def unet_bytes(config: StepConfig, height: int, width: int, bytes_each: int) -> 
         working = max(working, max(20 * wide if c.attention[level] else 0, block) * share)
     positions = height * width / config.vae.factor**2
     at = positions * bytes_each
-    # Parity kernels of the widest enlargement, made per call and let go of.
+    # Parity kernels of the widest enlargement, made and freed per call.
     kernels = max(
         PHASE_BYTES * wide**2 if level and positions / 4**level >= PHASE_POSITIONS else 0
         for level, wide in enumerate(c.block_out_channels)
@@ -410,9 +410,9 @@ class Case:
 
 
 def even(tiles: int, most: int) -> int:
-    """Tiles per pass, at most so many, that leave no rest, or as small a one as can be.
+    """Batch size up to `most` that divides the tile count, or else batches as equal as possible.
 
-    A rest is a shape of its own, recorded or compiled for a single pass.
+    A smaller last batch is a shape of its own, recorded or compiled for a single pass.
     """
     most = min(tiles, most)
     whole = max(n for n in range(1, most + 1) if tiles % n == 0)

@@ -20,7 +20,7 @@ Fn = Callable[[Tensor], Tensor | Callable[[], Tensor]]
 WHOLE = 1.25
 # Tiles may be this much smaller than asked for, where that leaves less to compute.
 SMALLEST = 0.75
-# Share of an overlap, one in so many, that is left to the neighbour altogether.
+# The outer 1/MARGIN of an overlap has weight 0: only the neighbour counts there.
 MARGIN = 8
 # Share of their edge, one in so many, that the parts of a tile too large for the memory share.
 RECOVERY_OVERLAP = 6
@@ -241,7 +241,7 @@ def recovering(
     limit holds for every later call, and what was finished is kept. Where nothing is left to
     split, the error is raised again, of the same type where that type allows, with a readable text.
 
-    on_event(text): called when the failed pass has let go of its memory; may empty caches. What it
+    on_event(text): called when the memory of the failed pass is free; may empty caches. What it
     raises, and errors that are not `is_oom`, pass through.
     """
     minimum = up_to_multiple(max(minimum, 1), multiple)

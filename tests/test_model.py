@@ -453,3 +453,16 @@ def test_repr_tells_what_it_is(tiny):
     text = repr(tiny)
     for word in ("Random", "M parameters", "x4", "Apache-2.0"):
         assert word in text
+
+
+def test_memory_is_given_back_when_the_size_changes(tiny, monkeypatch):
+    """A batch or a film of one size keeps what it will need again."""
+    calls = []
+    monkeypatch.setattr(gendr.devices, "give_back", lambda: calls.append(1))
+    for side in (12, 12, 12, 40, 40, 12):
+        tiny.restore(picture(side, side), 4)
+    assert len(calls) == 3
+
+
+def test_giving_memory_back_is_harmless():
+    gendr.devices.give_back()

@@ -6,12 +6,10 @@ import re
 
 import pytest
 import torch
-from conftest import random_network
 
-import gendr
 from benchmarks.memory import LiveBytes
 from gendr import NotEnoughMemory, Settings, plan
-from gendr.networks.onestep import StepConfig, fold
+from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import TINY_UNET
 from gendr.networks.vae import TINY_VAE
 
@@ -146,17 +144,15 @@ def test_a_tile_asked_for_is_left_alone():
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("color_fix", ["wavelet", "lab"])
 @pytest.mark.parametrize("fidelity", [0.0, 0.5])
-def test_whole_pictures_stay_within_their_estimate(channels, color_fix, fidelity):
+def test_whole_pictures_stay_within_their_estimate(tiny, channels, color_fix, fidelity):
     """The network is left out, so that whole pictures are all that lives."""
-    network = fold(random_network())
+    network = tiny.network
     network.encode = network.decode = lambda x: x
     network.step = lambda z, **options: z
-    precision = gendr.devices.choose_precision(torch.device("cpu"), "fp32")
-    model = gendr.GenDR(network, header={"tile": 128}, precision=precision)
     # Large enough for the strips of colour fixes to be small beside it.
     x = torch.rand(1, channels, 512, 512)
     settings = {"tile": 128, "color_fix": color_fix, "fidelity": fidelity}
     with LiveBytes() as live:
-        model.restore(x, 3, free_bytes=8 * GIB, **settings)
-    needed = model.plan(512, 512, Settings(scale=3, **settings), free_bytes=8 * GIB).bytes_needed
+        tiny.restore(x, 3, free_bytes=8 * GIB, **settings)
+    needed = tiny.plan(512, 512, Settings(scale=3, **settings), free_bytes=8 * GIB).bytes_needed
     assert 0.6 * needed <= live.peak <= needed

@@ -67,7 +67,7 @@ def load(
     fold: False keeps timestep and prompt free, for training.
     runs_on: where a host will compute while the weights lie on `device`; decides the precision.
     speed: how passes are run, one of `SPEEDS`. "graph" records them on an NVIDIA card, "compile" goes
-    through torch.compile; what can't be had runs eagerly, and the report says why.
+    through torch.compile; where it is not available, eagerly, and the report says why.
 
     FileNotFoundError or CheckpointError with a sentence for what can't be used.
     """
@@ -442,7 +442,7 @@ def save(path: str | Path, network: Step, header: Header, *, dtype: str = STORED
     network: `Unfolded` gives a checkpoint, `OneStep` the folded kind. header: what it says besides
     the facts that follow from the network. CheckpointError where the file can't be written.
     """
-    # Copies: weights that `gendr.speed` joined share memory, which the format has no word for.
+    # Copies: safetensors cannot store tensors that share memory, as those that `gendr.speed` joined.
     tensors = {
         k: v.detach().to("cpu", TORCH_DTYPES[dtype], copy=True).contiguous()
         for k, v in network.state_dict().items()

@@ -1,4 +1,4 @@
-"""How passes are run: eagerly, as CUDA graphs, or compiled. What can't be had is named, not hidden."""
+"""How passes are run: eagerly, as CUDA graphs, or compiled; eagerly where another way is not available."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def choose(wanted: str, device: torch.device, network: Step, *, casts: bool = Fa
         why = "the model is not folded"
     elif wanted == "graph" and device.type != "cuda":
         why = f"graphs need an NVIDIA card, this is {device.type}"
-    return Speed("eager", f"speed {wanted} can't be had: {why}") if why else Speed(wanted)
+    return (
+        Speed("eager", f"speed {wanted!r} is not available here: {why}; running eagerly")
+        if why
+        else Speed(wanted)
+    )
 
 
 def prepare(network: nn.Module, *, kernels: bool) -> None:
