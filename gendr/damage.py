@@ -1,7 +1,7 @@
 """How damaged a picture is, measured on the picture itself: noise, compression blocks, blur.
 
 Pure functions in float32. A picture is 1 c h w in [0, 1], from 1x1 up, grey or RGB, without its
-alpha; noise and block steps are in 8-bit levels, blur in pixels of the picture. Every measure reads
+alpha; noise is in levels of 8 bits, blur in pixels of the picture. Every measure reads
 the least damaged places that it finds, so that texture is not taken for noise, nor a blurred
 background for a blurred picture.
 """
@@ -31,10 +31,27 @@ AROUND, AROUND_READS = 7, 0.75
 # Windows around each over which the map of noise is averaged, per side.
 SMOOTH = 5
 
-# JPEG's blocks; steps higher than this many levels are drawn, not left by compression.
-BLOCK, HIGHEST_STEP = 8, 12.0
-# Deviations by which the grid must stand out from the other seven phases.
-CERTAIN = 2.0
+# A side of JPEG's blocks. Smaller coefficients than this, in levels, vanish but for rounding.
+BLOCK, VANISHING = 8, 0.6
+# How far the share of vanishing coefficients must stand out where the grid is: above the median of
+# all offsets and above the next best.
+GRID, GRID_BEYOND_NEXT = 0.05, 0.02
+# Steps of JPEG's table for luma at quality 50, row by row.
+TABLE = (
+    *(16, 11, 10, 16, 24, 40, 51, 61),
+    *(12, 12, 14, 19, 26, 58, 60, 55),
+    *(14, 13, 16, 24, 40, 57, 69, 56),
+    *(14, 17, 22, 29, 51, 87, 80, 62),
+    *(18, 22, 37, 56, 68, 109, 103, 77),
+    *(24, 35, 55, 64, 81, 104, 113, 92),
+    *(49, 64, 78, 87, 103, 121, 120, 101),
+    *(72, 92, 95, 98, 112, 100, 103, 99),
+)
+# The places in it whose steps are read, and how low a frequency's coefficients are mostly kept.
+STEPS_READ, LOW_FREQUENCY = (1, 2, 8, 9, 10, 16, 17, 18), 2.3
+# The largest step looked for, how many values must exceed half of it, and the mean cosine
+# (1 for exact multiples, 0 for any values) from which on they are multiples.
+LARGEST_STEP, FEWEST_MULTIPLES, MULTIPLES_FIT = 160, 16, 0.6
 
 # Deviation of the Gaussian that a picture is blurred by once more, in pixels.
 REBLUR = 1.0
@@ -43,10 +60,10 @@ REBLUR = 1.0
 EDGES, EDGE_GRADIENT, FEWEST_EDGES, SHARP = 0.1, 4.0, 20, 0.25
 
 # Larger pictures are read in this many crops of this many pixels, evenly spread.
-CROPS, CROP = 4, 512
+CROPS, CROP = 3, 256
 
-# Below these, nothing is said of noise (levels), steps (levels) and blur (pixels).
-NOTED_NOISE, NOTED_STEP, NOTED_BLUR = 1.5, 0.25, 0.7
+# Below these, nothing is said of noise (levels) and blur (pixels).
+NOTED_NOISE, NOTED_BLUR = 1.5, 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +71,22 @@ class Damage:
     """What was found in a picture.
 
     noise: standard deviation of white noise, in levels of 255, mean over channels.
-    blocks: height of the steps along an 8x8 grid, in levels; 0 without a grid.
+    quantisation: how coarsely JPEG rounded it: 0 without JPEG, 1 at quality 50.
+    compression: standard deviation of what JPEG has changed, in levels.
     blur: deviation of a Gaussian that would make a sharp picture's edges like these, in pixels.
     """
 
     noise: float = 0.0
-    blocks: float = 0.0
+    quantisation: float = 0.0
+    compression: float = 0.0
     blur: float = 0.0
 
     def __str__(self) -> str:
         found = []
         if self.noise >= NOTED_NOISE:
             found.append(f"noise of about {self.noise:.0f} levels")
-        if self.blocks >= NOTED_STEP:
-            found.append(f"compression blocks ({self.blocks:.1f} levels)")
+        if self.quantisation > 0:
+            found.append(f"JPEG compression (quality of about {quality(self.quantisation):.0f})")
         if self.blur >= NOTED_BLUR:
             found.append(f"blur of about {self.blur:.1f} px")
         return ", ".join(found) or "clean"
@@ -77,8 +96,12 @@ def measure(image: Tensor) -> tuple[Damage, Tensor]:
     """What was found in 1 c h w, and the map of its noise, 1 1 h w in levels."""
     part = samples(luma(image))
     noise = noise_map(image)
+    coarseness, error = compression(part)
     found = Damage(
-        noise=float(noise.square().mean().sqrt()), blocks=block_steps(part), blur=edge_blur(part)
+        noise=float(noise.square().mean().sqrt()),
+        quantisation=coarseness,
+        compression=error,
+        blur=edge_blur(part),
     )
     return found, noise
 
@@ -153,36 +176,86 @@ def noise_windows(image: Tensor) -> tuple[Tensor, Tensor]:
     return local, clipped
 
 
-# ---- compression blocks ----
+# ---- compression ----
 
 
-def block_steps(image: Tensor) -> float:
-    """Mean height of the steps along an 8x8 grid at any offset, in levels: n 1 h w -> a number.
+def compression(image: Tensor) -> tuple[float, float]:
+    """How coarsely JPEG has rounded a picture, and what it has changed: n 1 h w -> two numbers.
 
-    A step is a difference that exceeds the mean of its two neighbours along the same line, and is
-    not so high that it must have been drawn. 0 where no phase of the eight stands out in both
-    directions: a repeating pattern seldom has the period in both.
+    The first is 0 without JPEG, 1 at quality 50: the steps of the lower frequencies as multiples of
+    those in JPEG's own table (ITU-T T.81, Annex K). The second is the standard deviation of the error
+    in levels.
+
+    Blocks that were cut where JPEG cut them have far more vanishing DCT coefficients than blocks cut
+    elsewhere, whatever the picture shows: the grid is where that is so, at any of the 64 offsets.
+    There the coefficients are multiples of the steps.
     """
-    heights = []
-    for dim in (-1, -2):
-        if image.shape[dim] < 3 * BLOCK:
-            return 0.0
-        d = image.float().diff(dim=dim).abs_() * LEVELS
-        n = d.shape[dim] - 2
-        middle = d.narrow(dim, 1, n)
-        excess = middle - (d.narrow(dim, 0, n) + d.narrow(dim, 2, n)) / 2
-        counts = (middle <= HIGHEST_STEP).float()
-        other = -1 if dim == -2 else -2
-        excess = (excess * counts).sum((0, 1, other))
-        counts = counts.sum((0, 1, other))
-        phases = torch.arange(n, device=image.device) % BLOCK
-        sums = excess.new_zeros(2, BLOCK).index_add_(1, phases, torch.stack((excess, counts)))
-        mean = sums[0] / sums[1].clamp(min=1)
-        best = int(mean.argmax())
-        rest = mean[torch.arange(BLOCK, device=mean.device) != best]
-        height = float(mean[best] - rest.mean() - CERTAIN * rest.std())
-        heights.append(max(0.0, height))
-    return min(heights)
+    if min(image.shape[-2:]) < 2 * BLOCK:
+        return 0.0, 0.0
+    pixels = image.float() * LEVELS
+    offsets = [(top, left) for top in range(BLOCK) for left in range(BLOCK)]
+    vanishing = torch.tensor([float(_vanishing(_dct(pixels, *offset))) for offset in offsets])
+    best = int(vanishing.argmax())
+    ordered = vanishing.sort().values
+    if ordered[-1] - ordered[-2] < GRID_BEYOND_NEXT or ordered[-1] - ordered.median() < GRID:
+        return 0.0, 0.0
+    found = _dct(pixels, *offsets[best])
+    # Too few values of a frequency show no step: the larger ratios are the ones to go by.
+    ratios = sorted(_step(found[:, place]) / TABLE[place] for place in STEPS_READ)
+    coarseness = ratios[3 * len(ratios) // 4]
+    return coarseness, rounding_error(found, coarseness)
+
+
+def rounding_error(coefficients: Tensor, coarseness: float) -> float:
+    """Standard deviation of what rounding to steps has changed: blocks, 64 -> levels.
+
+    Coefficients of pictures follow Laplace's distribution. Its scale b tells how many exceed half a
+    step q: exp(-q / 2b). Those have an error of q^2 / 12, the others have lost what they were. Where
+    hardly any exceeds it, b is at most what lower frequencies predict, as 1 / frequency.
+    """
+    steps = coefficients.new_tensor(TABLE) * coarseness
+    steps = steps.clamp(min=1)
+    place = torch.arange(BLOCK, device=steps.device, dtype=torch.float32)
+    frequency = torch.hypot(place[:, None], place).flatten()
+    low = (frequency > 0) & (frequency <= LOW_FREQUENCY)
+    known = (coefficients[:, low].abs().mean(0) * frequency[low]).mean()
+    kept = (coefficients.abs() > steps / 2).float().mean(0).clamp(1e-4, 0.98)
+    b = torch.minimum(steps / (-2 * kept.log()), known / frequency.clamp(min=1)).clamp(min=1e-3)
+    kept = torch.exp(-steps / (2 * b))
+    lost = 2 * b**2 - kept * ((steps / 2) ** 2 + steps * b + 2 * b**2)
+    variance = lost.clamp(min=0) + kept * steps**2 / 12
+    return float(variance[1:].sum() / BLOCK**2) ** 0.5
+
+
+def quality(quantisation: float) -> float:
+    """JPEG's quality for such steps, 1 to 100, as libjpeg counts it."""
+    return max(1.0, 100 - 50 * quantisation if quantisation < 1 else 50 / quantisation)
+
+
+def _dct(pixels: Tensor, top: int, left: int) -> Tensor:
+    """DCT of the 8x8 blocks that start at an offset: n 1 h w -> blocks, 64."""
+    k = torch.arange(BLOCK, device=pixels.device, dtype=torch.float32)
+    basis = torch.cos((2 * k + 1) * k[:, None] * (math.pi / (2 * BLOCK))) * math.sqrt(2 / BLOCK)
+    basis[0] /= math.sqrt(2)
+    rows, columns = ((side - at) // BLOCK for side, at in zip(pixels.shape[-2:], (top, left)))
+    cut = pixels[..., top : top + BLOCK * rows, left : left + BLOCK * columns]
+    blocks = cut.unflatten(-1, (columns, BLOCK)).unflatten(-3, (rows, BLOCK)).transpose(-2, -3)
+    return (basis @ blocks @ basis.T).flatten(0, -3).flatten(1)
+
+
+def _vanishing(coefficients: Tensor) -> Tensor:
+    """The share of a picture's coefficients that are 0 but for the rounding of its pixels."""
+    return (coefficients[:, 1:].abs() < VANISHING).float().mean()
+
+
+def _step(values: Tensor) -> float:
+    """The largest step of which the values are multiples, 1 where there is none: n -> a number."""
+    steps = torch.arange(2, LARGEST_STEP + 1, device=values.device, dtype=torch.float32)[:, None]
+    counted = (values.abs() > steps / 2).float()
+    fits = (torch.cos(values * (2 * math.pi / steps)) * counted).sum(1)
+    counts = counted.sum(1)
+    good = (counts >= FEWEST_MULTIPLES) & (fits >= MULTIPLES_FIT * counts)
+    return float(steps[good].max()) if bool(good.any()) else 1.0
 
 
 # ---- blur ----

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..gendr.fidelity import difference
 from ..gendr.plan import Plan
-from ..gendr.settings import BOUNDS, COLOR_FIXES, Settings
+from ..gendr.settings import AUTO, BOUNDS, COLOR_FIXES, PRESETS, Settings
 from . import host
 
 DEFAULT = Settings()
+# `AUTO` as a number: the widget was a number before, and graphs hold numbers.
+BY_PICTURE = -1.0
 # Invented detail is seldom more than a few hundredths; as it is, the map would look black.
 DIFFERENCE_GAIN = 4
 
@@ -28,9 +30,12 @@ TOOLTIPS = {
     "takes the model's own.",
     "detail": "How much the model adds. 1 is its own measure. Lower it if skin or foliage looks "
     "overdone; above 1 exaggerates; 0 adds nothing.",
-    "fidelity": "How strictly the result, made small again, must equal the input. Raise it if "
-    "small text or faces change their shape. On noisy or blurred pictures leave it at 0, or the "
-    "damage comes back.",
+    "fidelity": "How strictly the result, made small again, must equal the input. -1 looks at each "
+    "picture: clean ones are kept, noise, blur and compression are not. 1 if small text or faces "
+    "change their shape; 0 takes all from the model.",
+    "preset": "The kind of picture, for what is left at its default. auto looks at each one. "
+    "generated keeps every pixel of drawings and rendered pictures, photo most of the grain, damaged "
+    "nothing.",
     "mask": "Only white areas are restored, with a soft edge; the rest is enlarged in the plain "
     "way. Must have the picture's size.",
     "tile_size": "Side of a tile in pixels of the result. 0 plans it from free memory. Choose "
@@ -70,8 +75,27 @@ def _common() -> dict[str, Any]:
             {"default": DEFAULT.color_fix, "tooltip": TOOLTIPS["color_fix"]},
         ),
         "detail": _number("detail", "detail", DEFAULT.detail),
-        "fidelity": _number("fidelity", "fidelity", DEFAULT.fidelity),
+        "fidelity": _fidelity(),
     }
+
+
+def _fidelity() -> tuple[str, dict[str, Any]]:
+    """The number widget of `fidelity`, with one more value below its bounds, which is the default."""
+    kind, options = _number("fidelity", "fidelity", BY_PICTURE)
+    return kind, options | {"min": BY_PICTURE}
+
+
+def _optional() -> dict[str, Any]:
+    """What both nodes ask for besides; graphs from before an input was added run without it."""
+    return {
+        "mask": ("MASK", {"tooltip": TOOLTIPS["mask"]}),
+        "preset": (list(PRESETS), {"default": DEFAULT.preset, "tooltip": TOOLTIPS["preset"]}),
+    }
+
+
+def _chosen(fidelity: float, **widgets: Any) -> Settings:
+    """Widgets as settings: any fidelity below 0 is left to the picture."""
+    return Settings(fidelity=AUTO if fidelity < 0 else fidelity, **widgets)
 
 
 class GenDRUpscale:
@@ -98,7 +122,7 @@ class GenDRUpscale:
         """The order of the widgets is an API: append only."""
         return {
             "required": _common(),
-            "optional": {"mask": ("MASK", {"tooltip": TOOLTIPS["mask"]})},
+            "optional": _optional(),
         }
 
     def upscale(
@@ -110,9 +134,12 @@ class GenDRUpscale:
         detail: float,
         fidelity: float,
         mask: Tensor | None = None,
+        preset: str = DEFAULT.preset,
     ) -> tuple[Tensor, str]:
         """Picture b h w c, widgets -> restored picture and report."""
-        settings = Settings(scale=scale, color_fix=color_fix, detail=detail, fidelity=fidelity)
+        settings = _chosen(
+            fidelity, scale=scale, color_fix=color_fix, detail=detail, preset=preset
+        )
         result, report = restore(model, image.movedim(-1, 1), mask, settings)
         return host.output(result.movedim(1, -1)), report
 
@@ -149,7 +176,7 @@ class TiledGenDR:
                     {"default": DEFAULT.seamless, "tooltip": TOOLTIPS["seamless"]},
                 ),
             },
-            "optional": {"mask": ("MASK", {"tooltip": TOOLTIPS["mask"]})},
+            "optional": _optional(),
         }
 
     def upscale(
@@ -165,13 +192,15 @@ class TiledGenDR:
         tile_batch: int,
         seamless: bool,
         mask: Tensor | None = None,
+        preset: str = DEFAULT.preset,
     ) -> tuple[Tensor, str, Tensor]:
         """Picture b h w c, widgets -> restored picture, report, difference map b h w 3."""
-        settings = Settings(
+        settings = _chosen(
+            fidelity,
             scale=scale,
             color_fix=color_fix,
             detail=detail,
-            fidelity=fidelity,
+            preset=preset,
             tile=tile_size,
             overlap=overlap,
             tile_batch=tile_batch,
