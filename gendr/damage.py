@@ -25,9 +25,11 @@ WINDOW, STEP = 8, 4
 IMMERKAER = 6 * math.sqrt(2 / math.pi)
 # Share of quieter windows below the one that tells a picture's noise, and how much lower than the
 # true deviation that one reads, in white noise.
-QUIET, QUIET_READS = 0.1, 0.86
+QUIET, QUIET_READS = 0.1, 0.88
+# The rounding of floats responds by less than this many levels.
+NO_RESPONSE = 0.01
 # Windows around each, per side, among which the quietest bounds the noise there; what it reads.
-AROUND, AROUND_READS = 7, 0.75
+AROUND, AROUND_READS = 9, 0.79
 # Windows around each over which the map of noise is averaged, per side.
 SMOOTH = 5
 
@@ -140,40 +142,30 @@ def noise_map(image: Tensor) -> Tensor:
     Immerkaer's mask (Fast Noise Variance Estimation, 1996), the second difference along both
     sides, gives 0 on ramps and 6 deviations on white noise. Its mean is taken in small windows. One
     of the quietest tells the noise of the picture; where quieter ones lie around, that is the
-    noise there. Windows that are wholly white or black may be overexposed and don't count for the
-    picture; they do count around them.
+    noise there. Windows without any response may be overexposed, or paper beside a photograph: they
+    don't count for the picture, only around them.
     """
     h, w = image.shape[-2:]
     if min(h, w) < 3:
         return image.new_zeros(1, 1, h, w, dtype=torch.float32)
-    local, clipped = noise_windows(image)
-    open_windows = local[~clipped]
-    if open_windows.numel() == 0:
+    local = noise_windows(image)
+    telling = local[local > NO_RESPONSE]
+    if telling.numel() == 0:
         return image.new_zeros(1, 1, h, w, dtype=torch.float32)
-    overall = quantile(open_windows, QUIET) / QUIET_READS
+    overall = quantile(telling, QUIET) / QUIET_READS
     around = -_pooled(-local, AROUND, F.max_pool2d) / AROUND_READS
     noise = _pooled(around.clamp(max=overall), SMOOTH, F.avg_pool2d)
     return F.interpolate(noise, size=(h, w), mode="bilinear")
 
 
-def noise_windows(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Deviation in windows of `WINDOW` pixels, in levels, and which are all white or all black.
-
-    1 c h w, at least 3x3 -> 1 1 a b each.
-    """
-    side_h, side_w = (min(WINDOW, side - 2) for side in image.shape[-2:])
-    total = clip = 0.0
+def noise_windows(image: Tensor) -> Tensor:
+    """Deviation in windows of `WINDOW` pixels, in levels: 1 c h w, at least 3x3 -> 1 1 a b."""
+    sides = [min(WINDOW, side - 2) for side in image.shape[-2:]]
+    total = 0.0
     for channel in image.float().split(1, dim=1):
         response = channel.diff(n=2, dim=-1).diff(n=2, dim=-2).abs_()
-        mean = F.avg_pool2d(response, (side_h, side_w), stride=STEP)
-        total = total + (mean * (LEVELS / IMMERKAER)) ** 2
-        inner = channel[..., 1:-1, 1:-1]
-        clip = clip + F.avg_pool2d(inner, (side_h, side_w), stride=STEP)
-    local = (total / image.shape[1]).sqrt()
-    brightness = clip / image.shape[1]
-    limit = 0.5 / LEVELS
-    clipped = (local < 0.01) & ((brightness > 1 - limit) | (brightness < limit))
-    return local, clipped
+        total = total + (F.avg_pool2d(response, sides, stride=STEP) * (LEVELS / IMMERKAER)) ** 2
+    return (total / image.shape[1]).sqrt()
 
 
 # ---- compression ----
@@ -237,7 +229,9 @@ def _dct(pixels: Tensor, top: int, left: int) -> Tensor:
     k = torch.arange(BLOCK, device=pixels.device, dtype=torch.float32)
     basis = torch.cos((2 * k + 1) * k[:, None] * (math.pi / (2 * BLOCK))) * math.sqrt(2 / BLOCK)
     basis[0] /= math.sqrt(2)
-    rows, columns = ((side - at) // BLOCK for side, at in zip(pixels.shape[-2:], (top, left)))
+    rows, columns = (
+        (side - at) // BLOCK for side, at in zip(pixels.shape[-2:], (top, left), strict=True)
+    )
     cut = pixels[..., top : top + BLOCK * rows, left : left + BLOCK * columns]
     blocks = cut.unflatten(-1, (columns, BLOCK)).unflatten(-3, (rows, BLOCK)).transpose(-2, -3)
     return (basis @ blocks @ basis.T).flatten(0, -3).flatten(1)

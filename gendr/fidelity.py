@@ -36,8 +36,8 @@ SHARP, BLURRED = 0.6, 1.6
 # inverse would raise its noise without bound.
 DAMPING = 0.01
 # The range in levels below which surroundings count as flat, and how far they reach, in pixels of
-# the input: without JPEG, and beyond the flat middle of its blocks.
-FLAT, FLAT_REACH, FLAT_REACH_JPEG = 2.0, 2, 6
+# the input: without JPEG, and into the next block with it.
+FLAT, FLAT_REACH, FLAT_REACH_JPEG = 2.0, 2, 8
 
 
 class Found(NamedTuple):

@@ -137,9 +137,7 @@ class GenDRUpscale:
         preset: str = DEFAULT.preset,
     ) -> tuple[Tensor, str]:
         """Picture b h w c, widgets -> restored picture and report."""
-        settings = _chosen(
-            fidelity, scale=scale, color_fix=color_fix, detail=detail, preset=preset
-        )
+        settings = _chosen(fidelity, scale=scale, color_fix=color_fix, detail=detail, preset=preset)
         result, report = restore(model, image.movedim(-1, 1), mask, settings)
         return host.output(result.movedim(1, -1)), report
 
