@@ -13,7 +13,7 @@ from .plan import Plan
 from .report import Cancelled, Progress, Report
 from .resize import resize
 from .restoration import NotFinite
-from .settings import BOUNDS, COLOR_FIXES, DTYPES, SPEEDS, Settings
+from .settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "DTYPES",
     "EMBEDDED",
     "EXTENSIONS",
+    "PRESETS",
     "SPEEDS",
     "Cancelled",
     "CheckpointError",
