@@ -61,6 +61,7 @@ class Restoration:
     def __post_init__(self) -> None:
         self.done = self.index = 0
         self.found: list[Found] = []
+        self.seam_scores: list[float] = []
         extra = 2 if self.plan.mode == "latent_tiles" else 0
         self.total = (self.plan.tiles + extra) * self.plan.images
         # Multiply-adds: of a pixel in each stage, of the present picture so far, of its strips since
@@ -87,6 +88,7 @@ class Restoration:
         )
         report = Report(
             model=self.name,
+            settings=self.settings,
             plan=self.plan,
             dtype=self.precision.name,
             input_size=self.plan.input_size,
@@ -102,8 +104,8 @@ class Restoration:
                 report.lr_psnr += lr_psnr / batch
                 self.finish_picture(result[one])
             report.plan = self.plan
-            if self.plan.tiles > 1 and not self.settings.seamless:
-                report.seam_score = seam_score(result[:, : min(3, channels)], self.plan.grid)
+            if self.seam_scores:
+                report.seam_score = sum(self.seam_scores) / batch
         report.passes = self.runner.told()
         report.seconds = time.perf_counter() - started
         report.peak_bytes = devices.peak_bytes(self.device)
@@ -145,10 +147,13 @@ class Restoration:
             y = y[..., : plan.output_size[0], : plan.output_size[1]]
             y = color.apply(settings.color_fix, y, enlarged)
         y = y.clamp(0, 1)
-        if settings.fidelity != AUTO:
-            return back_project(y, image, settings.fidelity)
-        y, found = automatic(y, image, enlarged)
-        self.found.append(found)
+        if settings.fidelity == AUTO:
+            y, found = automatic(y, image, enlarged)
+            self.found.append(found)
+        else:
+            y = back_project(y, image, settings.fidelity)
+        if plan.tiles > 1 and not settings.seamless:
+            self.seam_scores.append(seam_score(y, plan.grid, enlarged))
         return y
 
     def network_pass(self, x: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def test_every_kind_of_damage_changes_a_picture_and_always_alike(originals):
 
 def test_a_run_measures_what_it_writes_and_goes_on(originals, tiny_checkpoint, tmp_path, capsys):
     judge = tmp_path / "judge.py"
-    judge.write_text("import numpy as np\nNAME = lambda: lambda a, b: float(np.abs(a - b).mean())\n")
+    judge.write_text(
+        "import numpy as np\nNAME = lambda: lambda a, b: float(np.abs(a - b).mean())\n"
+    )
     words = ["--out", tmp_path / "out", "--originals", originals, "--least", "40"]
     words += ["--only", "noise 5", "--as", "", "--as", "fidelity=0", "--model", tiny_checkpoint]
     words += ["--alone", f"small={originals}", "--dtype", "fp32", "--judge", f"{judge}:NAME"]
