@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .damage import LEVELS, Damage, measure
-from .resize import resize
+from .resizing import resize
 
 # Back-projection stops when the reduced result is this close to the input, half an 8-bit step ...
 CLOSE = 0.5 / 255
