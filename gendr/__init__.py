@@ -5,17 +5,6 @@ model = gendr.load()                       # GenDR-Tiny, or load("some.safetenso
 result = model.restore(image, scale=4)     # b c h w in [0, 1]
 """
 
-<<<<<<< HEAD
-from .fidelity import difference
-from .files.checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save
-from .model import GenDR
-from .pictures import Picture, PictureError
-from .plan import Plan
-from .report import Cancelled, Progress, Report
-from .resize import resize
-from .restoration import NotFinite
-from .settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings
-=======
 from __future__ import annotations
 
 from importlib import import_module
@@ -30,8 +19,7 @@ if TYPE_CHECKING:
     from .report import Cancelled, Progress, Report
     from .resizing import resize
     from .restoration import NotFinite
-    from .settings import BOUNDS, COLOR_FIXES, DTYPES, SPEEDS, Settings
->>>>>>> main
+    from .settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings
 
 __version__ = "0.1.0"
 
@@ -43,6 +31,7 @@ HOMES = {
     "DTYPES": "settings",
     "EMBEDDED": "files.checkpoint",
     "EXTENSIONS": "files.checkpoint",
+    "PRESETS": "settings",
     "SPEEDS": "settings",
     "Cancelled": "report",
     "CheckpointError": "files.checkpoint",
