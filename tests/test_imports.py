@@ -20,6 +20,7 @@ FORBIDDEN = {
     "gendr/pictures": ("gendr.networks", "gendr.files", "gendr.speed", "gendr.commands"),
     "nodes": ("train", "tests", "benchmarks", "diffusers", "transformers"),
     "train": ("nodes", "tests"),
+    "train/stage1": ("train.stage2",),
     "train/stage2": ("train.stage1",),
 }
 # ComfyUI's own packages, known to one file alone.
