@@ -20,7 +20,7 @@ from .networks.work import stages
 from .plan import Plan
 from .preview import LatentColours, Preview
 from .report import Cancelled, OnProgress, Progress, Report
-from .resize import pad, resize, roll_up, unroll
+from .resizing import pad, resize, roll_up, unroll
 from .settings import Settings
 from .speed.runners import Eager
 from .speed.transfer import Transfer

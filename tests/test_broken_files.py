@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import gendr
 from gendr import CheckpointError
 from gendr.cli import main
+from gendr.commands import doctor
 from gendr.commands.trouble import reason
 from gendr.files import checkpoint, reading
 from gendr.files.shapes import unet_config, vae_config
@@ -374,14 +375,24 @@ def test_the_command_line_says_it_in_one_line(broken, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "broken", ["alpha 0", "ten million layers", "too many tensors", "code"], indirect=True
+    "broken",
+    ["alpha 0", "ten million layers", "too many tensors", "no prompt", "transposed", "code"],
+    indirect=True,
 )
-def test_info_says_what_is_wrong_with_a_header(broken, capsys):
+def test_info_says_what_is_wrong_without_reading_the_weights(broken, capsys):
     path, _, _ = broken
     assert main(["info", str(path)]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert path.name in err
+
+
+@pytest.mark.parametrize("broken", ["code", pytest.param("a pipe", marks=POSIX)], indirect=True)
+def test_doctor_fails_the_model_and_goes_on(broken):
+    path, _, _ = broken
+    (check,) = doctor.model_checks(path, None, "cpu", "fp32", "eager")
+    assert check.ok is False
+    assert path.name in check.told
 
 
 # ---- what is right must stay right ----
@@ -449,6 +460,16 @@ def test_facts_about_the_file_are_not_the_header_s_to_give(tmp_path, tiny_checkp
     assert found["path"] == str(path)
     assert found["bytes"] == path.stat().st_size
     assert found["tensors"] == len(load_file(path))
+
+
+def test_info_shows_what_would_steer_a_terminal_as_escapes(tmp_path, tiny_checkpoint, capsys):
+    path = said(prompts={"positive": "\x1b[31mred"}, other={"\x07": ["\x9b"]})(
+        tmp_path, tiny_checkpoint
+    )
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[31mred" in out
+    assert out.replace("\n", "").isprintable()
 
 
 def test_names_with_control_characters_become_printable_names(tmp_path):
