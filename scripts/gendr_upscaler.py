@@ -46,6 +46,8 @@ script_callbacks.on_before_ui(forget_folder)
 
 EMBEDDED = "GenDR-Tiny"
 DEFAULT = settings.Settings()
+# The slider's value for a fidelity that looks at each picture.
+BY_PICTURE = -1.0
 # The bar of WebUI counts sampling steps.
 BAR = 1000
 
@@ -156,7 +158,16 @@ class ScriptPostprocessingGenDR(scripts_postprocessing.ScriptPostprocessing):
             scale = self.slider("scale", "Resize")
             detail = self.slider("detail", "Detail: how much the model adds")
             fidelity = self.slider(
-                "fidelity", "Fidelity: how strictly the result must be the input"
+                "fidelity",
+                "Fidelity: how strictly the result must be the input (-1 looks at each picture)",
+                minimum=BY_PICTURE,
+                value=BY_PICTURE,
+            )
+            preset = gr.Dropdown(
+                label="Preset: the kind of picture, for what is left at its default",
+                choices=list(settings.PRESETS),
+                value=DEFAULT.preset,
+                elem_id="extras_gendr_preset",
             )
         return {
             "enabled": enabled,
@@ -164,6 +175,7 @@ class ScriptPostprocessingGenDR(scripts_postprocessing.ScriptPostprocessing):
             "scale": scale,
             "detail": detail,
             "fidelity": fidelity,
+            "preset": preset,
         }
 
     @staticmethod
@@ -174,16 +186,16 @@ class ScriptPostprocessingGenDR(scripts_postprocessing.ScriptPostprocessing):
         return {EMBEDDED: os.fspath(gendr.EMBEDDED), **found}
 
     @staticmethod
-    def slider(name, label):
-        """With the bounds and the default that the library has."""
+    def slider(name, label, **other):
+        """With the bounds and the default that the library has, but for `other`."""
         bound = settings.BOUNDS[name]
+        facts = {"minimum": bound.minimum, "value": getattr(DEFAULT, name), **other}
         return gr.Slider(
-            minimum=bound.minimum,
             maximum=bound.maximum,
             step=bound.step,
-            value=getattr(DEFAULT, name),
             label=label,
             elem_id=f"extras_gendr_{name}",
+            **facts,
         )
 
     def process_firstpass(self, pp, enabled=False, model=None, scale=None, **_):
@@ -192,15 +204,19 @@ class ScriptPostprocessingGenDR(scripts_postprocessing.ScriptPostprocessing):
             pp.shared.target_width = round(pp.image.width * scale)
             pp.shared.target_height = round(pp.image.height * scale)
 
-    def process(self, pp, enabled=False, model=None, scale=None, detail=None, fidelity=None):
+    def process(
+        self, pp, enabled=False, model=None, scale=None, detail=None, fidelity=None, preset=None
+    ):
         """Restore and enlarge by exactly `scale`."""
         if not enabled:
             return
-        given = {"scale": scale, "detail": detail, "fidelity": fidelity}
+        if fidelity is not None and fidelity < 0:
+            fidelity = settings.AUTO
+        given = {"scale": scale, "detail": detail, "fidelity": fidelity, "preset": preset}
         options = {name: value for name, value in given.items() if value is not None}
         name = model or EMBEDDED
         models = self.models()
         if name not in models:
             raise ValueError(f"GenDR: there is no model {name!r}; there are {', '.join(models)}")
         pp.image = restore(pp.image, models[name], **options)
-        pp.info["GenDR"] = ", ".join([name, *(f"{k} {v:g}" for k, v in options.items())])
+        pp.info["GenDR"] = ", ".join([name, *(f"{k} {v}" for k, v in options.items())])

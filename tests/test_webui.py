@@ -297,7 +297,20 @@ def test_extras_has_what_an_upscaler_has_no_place_for(webui):
     script.process_firstpass(shown, **chosen)
     script.process(shown, **chosen)
     assert shown.image.size == (31, 37) == (shown.shared.target_width, shown.shared.target_height)
-    assert shown.info["GenDR"] == "GenDR mine, scale 1.55, detail 0.5, fidelity 1"
+    assert shown.info["GenDR"] == "GenDR mine, scale 1.55, detail 0.5, fidelity 1.0"
+
+
+@pytest.mark.parametrize(("value", "meant"), [(-1.0, "auto"), (0.0, 0.0), (0.4, 0.4)])
+def test_a_fidelity_below_zero_looks_at_each_picture(webui, monkeypatch, value, meant):
+    asked = []
+    monkeypatch.setattr(webui.script, "restore", lambda *_, **o: asked.append(o) or picture())
+    script = webui.script.ScriptPostprocessingGenDR()
+    controls = script.ui()
+    assert controls["fidelity"].value == controls["fidelity"].facts["minimum"] == -1
+    assert controls["preset"].value == "auto"
+    shown = SimpleNamespace(image=picture(), info={})
+    script.process(shown, enabled=True, scale=2.0, fidelity=value, preset="photo")
+    assert asked == [{"scale": 2.0, "fidelity": meant, "preset": "photo"}]
 
 
 def test_a_model_that_is_not_there_is_named(webui):
