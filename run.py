@@ -142,7 +142,10 @@ def demo(words: list[str]) -> int:
 
 
 def test(words: list[str]) -> int:
-    """Ruff, then pytest; all of them run, the first failure is the exit code."""
+    """Ruff, then pytest: what rounds by the number of threads with two of them, all with one.
+
+    All of them run, the first failure is the exit code. Words for pytest: that run alone.
+    """
     prepare("gendr", "test")
     environment = clean_environment()
     # A process per core, each with a core of its own: the tests are many and small. Threads that
@@ -150,16 +153,19 @@ def test(words: list[str]) -> int:
     workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1))
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     environment.setdefault("OMP_NUM_THREADS", "1")
-    steps = (
-        ("ruff check", ["ruff", "check", "."]),
-        ("ruff format", ["ruff", "format", "--check", "."]),
-        ("pytest", ["pytest", "-n", str(workers), "--dist", "loadfile", *words]),
-    )
+    steps = [
+        ("ruff check", ["ruff", "check", "."], {}),
+        ("ruff format", ["ruff", "format", "--check", "."], {}),
+    ]
+    if not words:
+        steps.append(("pytest, two threads", ["pytest", "-m", "threads"], {"OMP_NUM_THREADS": "2"}))
+    # Last, so that its summary is what the run ends with.
+    steps.append(("pytest", ["pytest", "-n", str(workers), "--dist", "loadfile", *words], {}))
     failed, times = 0, []
-    for name, command in steps:
+    for name, command, more in steps:
         started = time.monotonic()
         tell(f"--- {name}")
-        code = call([str(PYTHON), "-m", *command], cwd=str(ROOT), env=environment)
+        code = call([str(PYTHON), "-m", *command], cwd=str(ROOT), env={**environment, **more})
         times.append(
             f"{name} {time.monotonic() - started:.1f} s" + (f" (exit {code})" if code else "")
         )

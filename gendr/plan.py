@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .networks.blocks import PHASE_POSITIONS
 from .networks.onestep import StepConfig
 from .resize import up_to_multiple
 from .settings import Settings
-from .tiles import WHOLE, Grid, fit_grid
+from .tiles import WHOLE, Grid, fit_grid, one_tile
 
 # Share of the free memory that a plan may fill: estimates miss, and others allocate too.
 BUDGET = 0.8
@@ -39,11 +39,12 @@ STAGED = 6
 class Plan:
     """A run as it will go. Sizes are (height, width) in pixels of the output.
 
-    mode: "whole" (one pass), "strips" (the autoencoder over the whole picture in exact strips, the
-    UNet in tiles of the latent) or "tiles" (encode, step and decode in tiles).
+    mode: "whole" (one pass), "latent_tiles" (the autoencoder over the whole picture, the UNet in
+    tiles of the latent) or "tiles" (encode, step and decode in tiles).
+    grid: the tiles, in pixels of the padded output in every mode; one tile where all goes whole.
+    strips: the autoencoder goes over what it is given in strips of rows.
     on_device: the whole picture lies on the device, and not in the host's memory.
-    target: the tile edge that the grid was fitted to. margin: how far a repeating picture is
-    continued past its edges.
+    margin: how far a repeating picture is continued past its edges.
     """
 
     input_size: tuple[int, int]
@@ -51,10 +52,7 @@ class Plan:
     padded_size: tuple[int, int]
     images: int
     mode: str
-    tiles: int
-    tile: tuple[int, int]
-    target: int
-    overlap: int
+    grid: Grid
     tile_batch: int
     strips: bool
     margin: int
@@ -65,15 +63,32 @@ class Plan:
     speed: str = "eager"
     on_device: bool = False
 
+    @property
+    def tiles(self) -> int:
+        """How many there are."""
+        return len(self.grid)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Their size."""
+        return self.grid.tile_height, self.grid.tile_width
+
+    @property
+    def overlap(self) -> int:
+        """What neighbours share at least, in pixels."""
+        return self.grid.overlap
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["grid"]
+        return {**values, "tiles": self.tiles, "tile": self.tile, "overlap": self.overlap}
 
     def __str__(self) -> str:
         (h, w), (oh, ow) = self.input_size, self.output_size
         how = {
             "whole": "in one pass",
-            "strips": f"autoencoder whole, UNet in {self.tiles} tiles",
+            "latent_tiles": f"autoencoder whole, UNet in {self.tiles} tiles",
             "tiles": f"in {self.tiles} tiles",
         }[self.mode]
         if self.mode != "whole":
@@ -174,10 +189,7 @@ def make(
         padded_size=padded,
         images=images,
         mode="whole",
-        tiles=1,
-        tile=padded,
-        target=max(padded),
-        overlap=0,
+        grid=one_tile(*padded),
         tile_batch=1,
         strips=False,
         margin=margin,
@@ -198,8 +210,8 @@ def make(
     if not settings.tile and (
         not attention or padded[0] * padded[1] // f**2 <= ATTENTION_POSITIONS
     ):
-        grid = latent_grid(config, padded, target, overlap)
-        tile = grid.tile_height * f, grid.tile_width * f
+        grid = fit_grid(*padded, target, overlap, m)
+        tile = grid.tile_height, grid.tile_width
         most = settings.tile_batch or (FEW_LAUNCHES_BATCH if fast else 1)
 
         def both(batch: int, strips: bool) -> int:
@@ -216,11 +228,8 @@ def make(
         if need <= budget and len(grid) > 1:
             return replace(
                 common,
-                mode="strips",
-                tiles=len(grid),
-                tile=tile,
-                target=target,
-                overlap=overlap,
+                mode="latent_tiles",
+                grid=grid,
                 tile_batch=batch,
                 strips=strips,
                 bytes_needed=need + planes,
@@ -243,10 +252,7 @@ def make(
     return replace(
         common,
         mode="tiles" if len(grid) > 1 else "whole",
-        tiles=len(grid),
-        tile=tile,
-        target=target,
-        overlap=overlap if len(grid) > 1 else 0,
+        grid=grid if len(grid) > 1 else one_tile(*padded),
         tile_batch=batch,
         bytes_needed=needed(*tile, batch, False) + planes,
     )
@@ -269,33 +275,3 @@ def fits_beside(config: StepConfig, planes: int, free: int, target: int, bytes_e
         unet_bytes(config, target, target, bytes_each),
     )
     return planes + tile <= int(free * BUDGET)
-
-
-def latent_grid(config: StepConfig, padded: tuple[int, int], target: int, overlap: int) -> Grid:
-    """The grid of the UNet's tiles in positions of the latent, for sizes given in pixels."""
-    f = config.vae.factor
-    return fit_grid(
-        padded[0] // f,
-        padded[1] // f,
-        max(1, target // f),
-        math.ceil(overlap / f),
-        config.unet.multiple,
-    )
-
-
-def pixel_grid(config: StepConfig, plan: Plan) -> Grid:
-    """The grid of a plan in pixels of the padded output, whatever was tiled."""
-    if plan.mode != "strips":
-        return fit_grid(*plan.padded_size, plan.target, plan.overlap, config.multiple)
-    f = config.vae.factor
-    grid = latent_grid(config, plan.padded_size, plan.target, plan.overlap)
-    return Grid(
-        height=f * grid.height,
-        width=f * grid.width,
-        tile_height=f * grid.tile_height,
-        tile_width=f * grid.tile_width,
-        overlap=f * grid.overlap,
-        tops=tuple(f * top for top in grid.tops),
-        lefts=tuple(f * left for left in grid.lefts),
-        wrap=False,
-    )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..gendr.fidelity import difference
+from ..gendr.plan import Plan
 from ..gendr.settings import BOUNDS, COLOR_FIXES, Settings
 from . import host
-from .region import restore_within
 
 DEFAULT = Settings()
 # Invented detail is seldom more than a few hundredths; as it is, the map would look black.
@@ -200,28 +200,28 @@ def restore(
             "node before this one finds its files."
         )
 
-    def run(part: Tensor) -> tuple[Tensor, str]:
-        height, width = part.shape[-2:]
-        where = {"device": host.run_device(model)}
-        plan = model.gendr.plan(
-            height,
-            width,
-            settings,
-            batch=len(part),
-            free_bytes=host.free_bytes(model, loaded=False),
-            **where,
+    height, width = pixels.shape[-2:]
+    if mask is not None and tuple(mask.shape[-2:]) == (64, 64) != (height, width):
+        raise ValueError(
+            f"The mask is 64x64, the picture {width}x{height}: use a mask made for it; Load Image "
+            "sends 64x64 for a picture without transparency: paint a mask in its mask editor, or "
+            "unplug it."
         )
+
+    def make_room(plan: Plan) -> int | None:
         host.bring_in(model, plan.bytes_needed)
-        restored, report = model.gendr.restore_with_report(
-            part,
-            progress=host.Progress(),
-            cancelled=host.cancelled,
-            free_bytes=host.free_bytes(model, loaded=True),
-            is_oom=host.is_oom,
-            **where,
-            **asdict(settings),
-        )
-        return restored, str(report)
+        return host.free_bytes(model, loaded=True)
 
     with host.plain_errors():
-        return run(pixels) if mask is None else restore_within(mask, pixels, settings, run)
+        result, report = model.gendr.restore_with_report(
+            pixels,
+            mask=mask,
+            progress=host.Progress(),
+            cancelled=host.cancelled,
+            device=host.run_device(model),
+            free_bytes=host.free_bytes(model, loaded=False),
+            make_room=make_room,
+            is_oom=host.is_oom,
+            **asdict(settings),
+        )
+    return result, str(report)

@@ -425,6 +425,7 @@ raise SystemExit(t.cida.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.threads
 def test_29_two_processes_equal_one(base, pairs, tmp_path):
     more = {"steps": 2, "batch": 4, "validate_every": 9}
     assert cida.main(words(base, pairs, tmp_path / "one", **more)) == 0

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from gendr import color
 from gendr.settings import COLOR_FIXES
 
+pytestmark = pytest.mark.threads
 FIXES = ("wavelet", "adain", "lab")
 SIZES = [(1, 1), (1, 400), (400, 1), (2, 3), (7, 5), (31, 64), (97, 53)]
 

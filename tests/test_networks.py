@@ -13,6 +13,8 @@ from gendr.networks.onestep import OneStep, StepConfig, Unfolded, fold, folded_c
 from gendr.networks.unet import SD21, SD21_16, TINY_UNET, UNet, UNetConfig
 from gendr.networks.vae import SD_VAE, TINY_VAE, VAE, VAE16, VAEConfig
 
+pytestmark = pytest.mark.threads
+
 SMALL_UNET = UNetConfig(
     block_out_channels=(32, 64),
     attention=(True, False),
@@ -205,7 +207,8 @@ def test_large_maps_are_enlarged_by_phases_small_ones_plainly(monkeypatch):
     calls = []
     real = phase_upsample
     monkeypatch.setattr(
-        "gendr.networks.blocks.phase_upsample", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k)
+        "gendr.networks.blocks.phase_upsample",
+        lambda *a, **k: calls.append(a[0].shape) or real(*a, **k),
     )
     plain = Upsample(6)
     plain.load_state_dict(layer.state_dict())

@@ -151,7 +151,9 @@ def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
     )
     own, start = checkpoint.split(tensors)["vae"], checkpoint.read(latent)[1]
     assert all(torch.equal(v, start[f"vae.{k}"].half()) for k, v in own.items())
-    Projector(8, 16).load_state_dict(gendr.files.checkpoint.read_file(out / "projector.safetensors")[1])
+    Projector(8, 16).load_state_dict(
+        gendr.files.checkpoint.read_file(out / "projector.safetensors")[1]
+    )
     assert capsys.readouterr().out.strip().endswith("model.safetensors")
 
 

@@ -164,15 +164,19 @@ def test_test_runs_everything_and_passes_the_code_on(run, monkeypatch):
     codes = {"ruff check": 1, "ruff format": 0, "pytest": 2}
     ran = []
 
-    def call(command, **options):
-        name = next((n for n in codes if n in " ".join(command)), None)
-        ran.append(name)
-        return codes.get(name, 0)
+    def call(command, env, **options):
+        name = next(n for n in codes if n in " ".join(command))
+        ran.append((name, env["OMP_NUM_THREADS"]) if name == "pytest" else name)
+        return codes[name]
 
     monkeypatch.setattr(run, "prepare", lambda *groups: None)
     monkeypatch.setattr(run, "call", call)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run.test([]) == 1
-    assert ran == ["ruff check", "ruff format", "pytest"]
+    assert ran == ["ruff check", "ruff format", ("pytest", "2"), ("pytest", "1")]
+    ran.clear()
+    assert run.test(["-k", "color"]) == 1
+    assert ran == ["ruff check", "ruff format", ("pytest", "1")]
 
 
 def test_demo_replaces_only_its_own_files(run, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,8 @@ from gendr.networks.onestep import fold
 from gendr.networks.strips import Strips
 from gendr.resize import pad, resize, roll_up, unroll
 
+pytestmark = pytest.mark.threads
+
 PLAIN = replace(VAE_, norm_num_groups=0, mid_attention=False, quant_conv=False, linear_path=True)
 DEEP = replace(VAE_, patch_size=1, block_out_channels=(16, 16, 32, 32), shift_factor=0.1)
 

@@ -19,7 +19,8 @@ def run_two(code: str, words: Sequence[object]) -> None:
         port = free.getsockname()[1]
     team = {
         "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }  # fmt: skip
     processes = [
         subprocess.Popen(
