@@ -12,6 +12,8 @@ from .resize import up_to_multiple
 from .settings import Settings
 from .tiles import WHOLE, Grid, fit_grid, one_tile
 
+# A strip of one pixel by a thousand would otherwise be enlarged to half a million pixels' width.
+LONGEST = 4
 # Share of the free memory that a plan may fill: estimates miss, and others allocate too.
 BUDGET = 0.8
 # Default share of a tile that its neighbour sees as well, and its largest value in pixels.
@@ -39,6 +41,8 @@ STAGED = 6
 class Plan:
     """A run as it will go. Sizes are (height, width) in pixels of the output.
 
+    work_size: what the network restores; larger than the output where the model wants that, and
+    then reduced to it. padded_size and grid belong to it.
     mode: "whole" (one pass), "latent_tiles" (the autoencoder over the whole picture, the UNet in
     tiles of the latent) or "tiles" (encode, step and decode in tiles).
     grid: the tiles, in pixels of the padded output in every mode; one tile where all goes whole.
@@ -49,6 +53,7 @@ class Plan:
 
     input_size: tuple[int, int]
     output_size: tuple[int, int]
+    work_size: tuple[int, int]
     padded_size: tuple[int, int]
     images: int
     mode: str
@@ -84,6 +89,11 @@ class Plan:
         del values["grid"]
         return {**values, "tiles": self.tiles, "tile": self.tile, "overlap": self.overlap}
 
+    def worked(self) -> str:
+        """The size that the network works at, where it is not the result's."""
+        (h, w), work = self.output_size, self.work_size
+        return "" if work == (h, w) else f", computed at {work[1]}x{work[0]}"
+
     def __str__(self) -> str:
         (h, w), (oh, ow) = self.input_size, self.output_size
         how = {
@@ -95,7 +105,7 @@ class Plan:
             how += f" of {self.tile[1]}x{self.tile[0]}, overlap {self.overlap}"
         several = f"{self.images} pictures, each " if self.images > 1 else ""
         return (
-            f"{several}{w}x{h} -> {ow}x{oh} ({oh * ow / 1e6:.1f} MP), {how}; about "
+            f"{several}{w}x{h} -> {ow}x{oh} ({oh * ow / 1e6:.1f} MP), {how}{self.worked()}; about "
             f"{self.bytes_needed / 2**30:.1f} of {self.free_bytes / 2**30:.1f} GiB free on "
             f"{self.device}, {self.dtype}" + ("" if self.speed == "eager" else f", {self.speed}")
         )
@@ -151,6 +161,7 @@ def make(
     device: str,
     batched: bool,
     guidance: float,
+    min_side: int = 0,
     speed: str = "eager",
     on_device: bool = False,
 ) -> Plan:
@@ -160,15 +171,17 @@ def make(
     that leaves too little for the tiles.
     train_tile: edge in pixels that the model was trained on. bytes_each: of one activation.
     batched: whether the device gains from several tiles in one pass.
+    min_side: the shorter side that the model wants at least.
     """
     output = settings.target_size(height, width)
+    work = at_least(output, min_side)
     m = config.multiple
     target = up_to_multiple(settings.tile or train_tile, m)
     overlap = settings.overlap or min(OVERLAP_LIMIT, int(target * OVERLAP_SHARE))
     overlap = up_to_multiple(overlap, config.vae.factor)
     # A picture that repeats is continued past its edges, and its end fades into its start.
     margin = overlap if settings.seamless else 0
-    padded = tuple(up_to_multiple(side + 2 * margin, m) for side in output)
+    padded = tuple(up_to_multiple(side + 2 * margin, m) for side in work)
     planes = PLANES * 3 * 4 * padded[0] * padded[1]
     if on_device and not fits_beside(config, planes, free, target, bytes_each):
         # Then it takes nothing of the device's memory.
@@ -186,6 +199,7 @@ def make(
     common = Plan(
         input_size=(height, width),
         output_size=output,
+        work_size=work,
         padded_size=padded,
         images=images,
         mode="whole",
@@ -256,6 +270,15 @@ def make(
         tile_batch=batch,
         bytes_needed=needed(*tile, batch, False) + planes,
     )
+
+
+def at_least(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """A size of the same aspect whose shorter side is at least `side`.
+
+    Of a very long picture it is less, so that the longer side is at most `LONGEST` times that.
+    """
+    factor = min(side / min(size), LONGEST * side / max(size))
+    return tuple(round(length * factor) for length in size) if factor > 1 else size
 
 
 def even(tiles: int, most: int) -> int:

@@ -15,7 +15,7 @@ from . import color, devices
 from .alpha import fill_transparent, split_alpha
 from .devices import Precision
 from .fidelity import back_project, psnr, reduce
-from .networks.onestep import OneStep, Step
+from .networks.onestep import OneStep, Prompt, Step
 from .networks.strips import Strips
 from .plan import Plan
 from .report import Cancelled, OnProgress, Progress, Report
@@ -39,7 +39,8 @@ class Restoration:
     """One call of `restore`: the plan in force and what has happened so far.
 
     network, runner: what computes, and the way it is run. casts: as of `GenDR`. name: the model's.
-    guidance: the one in force. events: what the report is to say besides what happens here.
+    guidance: the one in force. prompt: instead of the network's own, in the form that it takes.
+    events: what the report is to say besides what happens here.
     """
 
     network: Step
@@ -54,6 +55,7 @@ class Restoration:
     progress: OnProgress | None
     cancelled: Callable[[], bool] | None
     is_oom: Callable[[BaseException], bool]
+    prompt: Prompt | None = None
     events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -91,7 +93,8 @@ class Restoration:
                 report.delta_e += delta_e / batch
                 report.lr_psnr += lr_psnr / batch
             report.plan = self.plan
-            if self.plan.tiles > 1 and not self.settings.seamless:
+            as_computed = self.plan.work_size == self.plan.output_size
+            if self.plan.tiles > 1 and as_computed and not self.settings.seamless:
                 report.seam_score = seam_score(result[:, : min(3, channels)], self.plan.grid)
         report.passes = self.runner.told()
         report.seconds = time.perf_counter() - started
@@ -121,18 +124,21 @@ class Restoration:
     def restore_rgb(self, image: Tensor) -> Tensor:
         """The whole method on three channels: 1 3 h w -> 1 3 H W."""
         plan, settings = self.plan, self.settings
-        enlarged = resize(image, plan.output_size, wrap=settings.seamless)
+        enlarged = resize(image, plan.work_size, wrap=settings.seamless)
         if settings.seamless:
             enlarged = unroll(enlarged, plan.margin, plan.padded_size)
         x = pad(enlarged, plan.padded_size)
         y = (self.network_pass(2 * x - 1) + 1) / 2
         if settings.seamless:
             y = color.apply(settings.color_fix, y, x)
-            y = roll_up(y, plan.margin, plan.output_size)
+            y = roll_up(y, plan.margin, plan.work_size)
         else:
-            y = y[..., : plan.output_size[0], : plan.output_size[1]]
+            y = y[..., : plan.work_size[0], : plan.work_size[1]]
             y = color.apply(settings.color_fix, y, enlarged)
-        return back_project(y.clamp(0, 1), image, settings.fidelity)
+        y = y.clamp(0, 1)
+        if plan.work_size != plan.output_size:
+            y = reduce(y, plan.output_size)
+        return back_project(y, image, settings.fidelity)
 
     def network_pass(self, x: Tensor) -> Tensor:
         """1 3 H W in [-1, 1] -> the same, by the plan's mode."""
@@ -199,8 +205,12 @@ class Restoration:
         return finish if self.ahead else finish()
 
     def run_stage(self, stage: str, x: Tensor) -> Tensor:
-        """The way the model's speed says. Strips may stop between two, so they run as they are."""
-        if self.plan.strips and stage != "step":
+        """The way the model's speed says.
+
+        Strips may stop between two, and what was recorded holds the network's own prompt: both run
+        as they are.
+        """
+        if self.prompt is not None or (self.plan.strips and stage != "step"):
             return self.compute(self.network, stage, x)
         key = (stage, self.settings.detail, self.guidance, self.network.compute)
         return self.runner.run(key, lambda z: self.compute(self.network, stage, z), x, self.tell)
@@ -210,7 +220,9 @@ class Restoration:
         if self.plan.strips and isinstance(network, OneStep):
             network = Strips(network, check=self.check)
         if stage in ("step", "forward"):
-            return getattr(network, stage)(x, detail=self.settings.detail, guidance=self.guidance)
+            return getattr(network, stage)(
+                x, detail=self.settings.detail, guidance=self.guidance, prompt=self.prompt
+            )
         return getattr(network, stage)(x)
 
     def again(self, stage: str, x: Tensor, to: torch.device) -> Tensor:
