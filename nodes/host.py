@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..gendr import GenDR
 from ..gendr.files import checkpoint
-from ..gendr.settings import SPEEDS
 
 HOSTED = importlib.util.find_spec("folder_paths") is not None
 if HOSTED:
@@ -100,14 +99,10 @@ def file_stamp(name: str) -> str:
     return hashlib.sha256(f"{path} {facts.st_mtime_ns} {facts.st_size}".encode()).hexdigest()
 
 
-def load(path: str, dtype: str, speed: str = SPEEDS[0]) -> Model:
-    """Read a model file and hand its network to the host's memory management.
-
-    The host moves, pages and patches weights, so `speed` gives way to it: nothing is recorded from
-    layers that cast their weights per call.
-    """
+def load(path: str, dtype: str) -> Model:
+    """Read a model file and hand its network to the host's memory management."""
     if not HOSTED:
-        return Model(checkpoint.load(path, device="cpu", dtype=dtype, speed=speed))
+        return Model(checkpoint.load(path, device="cpu", dtype=dtype))
     device = management.get_torch_device()
     if dtype == "auto":
         dtype = _usual_dtype(device)
@@ -118,7 +113,6 @@ def load(path: str, dtype: str, speed: str = SPEEDS[0]) -> Model:
         runs_on=device,
         dtype=dtype,
         operations=comfy.ops.manual_cast,
-        speed=speed,
     )
     # Looked up now, not at import: ComfyUI rebinds the name while it starts.
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)

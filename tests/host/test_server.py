@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import gendr
-from gendr.settings import SPEEDS
 
 NODES = ("LoadGenDR", "GenDRUpscale", "TiledGenDR")
 LANGUAGES = {"en", "zh", "ja", "ko", "fr", "de", "es", "ru"}
@@ -35,22 +34,17 @@ def graph(
     kind: str = "float32",
     dtype: str = "fp32",
     name: str = "picture",
-    speed: str | None = None,
     **widgets,
 ) -> dict:
-    """Noise -> one of our nodes -> a file with the exact result, in API format.
-
-    speed: None = without this input, as graphs of 0.1.0 are.
-    """
+    """Noise -> one of our nodes -> a file with the exact result, in API format."""
     values = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
     if node == "TiledGenDR":
         values |= {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
     values |= {"image": ["1", 0], "model": ["2", 0], **widgets}
     size = {"batch": batch, "height": height, "width": width, "channels": channels}
-    chosen = {"model": model, "dtype": dtype} | ({"speed": speed} if speed else {})
     return {
         "1": {"class_type": "ProbePicture", "inputs": {**size, "seed": seed, "kind": kind}},
-        "2": {"class_type": "LoadGenDR", "inputs": chosen},
+        "2": {"class_type": "LoadGenDR", "inputs": {"model": model, "dtype": dtype}},
         "3": {"class_type": node, "inputs": values},
         "4": {
             "class_type": "ProbeKeep",
@@ -137,20 +131,6 @@ def test_computes_in_the_format_that_was_asked_for(server):
     assert "bf16" in result.text("5")
     distance = (kept(server, "exact") - kept(server, "rough")).abs().mean()
     assert 0 < distance < 0.02
-
-
-@pytest.mark.parametrize("speed", SPEEDS)
-def test_a_speed_changes_no_pixel_and_the_report_says_where_it_gives_way(server, speed):
-    assert server.run(graph(name="without")).status == "success"
-    result = server.run(graph(name="with", speed=speed))
-    assert result.status == "success", result.error
-    assert torch.equal(kept(server, "with"), kept(server, "without"))
-    told = f"speed {speed} can't be had: the host moves this model's weights itself"
-    assert (told in result.text("5")) == (speed in ("graph", "compile"))
-
-
-def test_a_speed_that_does_not_exist(server):
-    assert "not in list" in refused(server, graph(speed="warp"))
 
 
 @pytest.mark.parametrize("node", ["GenDRUpscale", "TiledGenDR"])
