@@ -77,7 +77,7 @@ def choose_precision(
     if requested == "auto" and model is not None:
         return _precision_of_model(device, model, usual)
     if requested == "auto" and usual is not None:
-        return _precision(device, usual, "usual here")
+        requested = usual
     if requested == "auto":
         candidates = ("bf16",) if device.type == "cpu" else ("bf16", "fp16")
         tried = []

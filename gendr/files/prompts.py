@@ -25,6 +25,8 @@ PAD = 0
 LENGTH = 77
 # The last two of CLIP's vocabulary.
 START, END = -2, -1
+# open_clip's activation, the exact one.
+GELU = "gelu"
 # Channels of a head in CLIP's text models.
 HEAD = 64
 OPEN_CLIP = "cond_stage_model.model."
@@ -143,7 +145,7 @@ def _from_file(path: Path, transformers: Any) -> Any:
             num_hidden_layers=layers,
             num_attention_heads=max(1, width // HEAD),
             max_position_embeddings=LENGTH,
-            hidden_act="gelu",
+            hidden_act=GELU,
         )
         model = transformers.CLIPTextModel(config)
         # Some versions of transformers have one more level of names.
