@@ -127,7 +127,11 @@ class GenDR:
         chosen = self.chosen(Settings(**settings))
         place = self.device if device is None else torch.device(device)
 
-        words = None if prompt is None else self.prompt(prompt, place)
+        events = [self.speed.reason] if self.speed.reason else []
+        words = None
+        if prompt is not None:
+            words = self.prompt(prompt, place)
+            events.append(f"prompt: {prompt.shape[1]} tokens instead of the model's own")
 
         def planned(part: Tensor, free: int | None) -> Plan:
             height, width = part.shape[-2:]
@@ -151,7 +155,8 @@ class GenDR:
                 cancelled=cancelled,
                 is_oom=is_oom,
                 prompt=words,
-                events=[self.speed.reason] if self.speed.reason else [],
+                licence=self.licence,
+                events=[*events],
             )
             return restoration.run(part)
 
@@ -164,6 +169,7 @@ class GenDR:
                 model=self.name,
                 plan=nothing,
                 dtype=self.precision.name,
+                licence=self.licence,
                 input_size=nothing.input_size,
                 output_size=nothing.output_size,
             )
@@ -222,8 +228,8 @@ class GenDR:
         width = self.network.config.unet.cross_attention_dim
         if embedding.dim() != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
             raise ValueError(
-                f"the prompt is {tuple(embedding.shape)}, {self.name} takes (1, n, {width}): the "
-                "last hidden states of the text encoder that the model was trained with"
+                f"the prompt is {tuple(embedding.shape)}, {self.name} reads (1, n, {width}): encode it "
+                "with the text encoder that the model was trained with, or give none"
             )
         if not bool(torch.isfinite(embedding).all()):
             raise ValueError("the prompt holds NaN or infinity: encode it again")

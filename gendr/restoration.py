@@ -38,7 +38,8 @@ class NotFinite(RuntimeError):
 class Restoration:
     """One call of `restore`: the plan in force and what has happened so far.
 
-    network, runner: what computes, and the way it is run. casts: as of `GenDR`. name: the model's.
+    network, runner: what computes, and the way it is run. casts: as of `GenDR`.
+    name, licence: the model's.
     guidance: the one in force. prompt: instead of the network's own, in the form that it takes.
     events: what the report is to say besides what happens here.
     """
@@ -48,6 +49,7 @@ class Restoration:
     precision: Precision
     casts: bool
     name: str
+    licence: str
     guidance: float
     plan: Plan
     settings: Settings
@@ -82,6 +84,7 @@ class Restoration:
             model=self.name,
             plan=self.plan,
             dtype=self.precision.name,
+            licence=self.licence,
             input_size=self.plan.input_size,
             output_size=self.plan.output_size,
             events=self.events,
