@@ -12,6 +12,7 @@ from torch import Tensor
 from . import devices, plan, region
 from .alpha import check_image
 from .devices import Precision
+from .files.header import Header
 from .networks.onestep import Prompt, Step
 from .plan import Plan
 from .report import OnProgress, Report
@@ -34,7 +35,7 @@ class GenDR:
         self,
         network: Step,
         *,
-        header: dict[str, Any],
+        header: Header,
         precision: Precision,
         device: torch.device | str = "cpu",
         casts: bool = False,
@@ -51,17 +52,17 @@ class GenDR:
     @property
     def name(self) -> str:
         """The model's name, as its file gives it."""
-        return str(self.header.get("name", "GenDR"))
+        return self.header.name
 
     @property
     def licence(self) -> str:
         """The licence of the weights."""
-        return str(self.header.get("licence") or "unknown licence")
+        return self.header.licence or "unknown licence"
 
     @property
     def scale(self) -> float:
         """The enlargement that the model was trained for."""
-        return float(self.header.get("scale", 4))
+        return float(self.header.scale)
 
     @property
     def parameters(self) -> int:
@@ -205,14 +206,14 @@ class GenDR:
             height,
             width,
             images=batch,
-            train_tile=int(self.header.get("tile", 512)),
+            train_tile=self.header.tile,
             free=devices.free_bytes(place) if free_bytes is None else free_bytes,
             bytes_each=max(self.precision.vae.itemsize, self.precision.unet.itemsize),
             dtype=str(self.precision),
             device=str(place),
             batched=place.type not in ("cpu", "mps"),
             guidance=guidance,
-            min_side=int(self.header.get("min_side", 0)),
+            min_side=self.header.min_side,
             speed=self.speed.name,
             on_device=self.runner.on_device,
         )
@@ -221,7 +222,7 @@ class GenDR:
         """Settings with what the person left on automatic as the model's file has it."""
         if settings.color_fix != COLOR_FIXES[0]:
             return settings
-        return replace(settings, color_fix=self.header.get("color_fix") or USUAL_COLOR_FIX)
+        return replace(settings, color_fix=self.header.color_fix or USUAL_COLOR_FIX)
 
     def prompt(self, embedding: Tensor, device: torch.device) -> Prompt:
         """A prompt's embedding 1 n d in the form that the network takes. ValueError for a wrong one."""
@@ -252,7 +253,7 @@ class GenDR:
     def guidance(self, settings: Settings) -> float:
         """The guidance in force: the person's, else the file's. ValueError where it can't be had."""
         asked = settings.guidance
-        value = float(self.header.get("guidance", 1.0)) if asked is None else float(asked)
+        value = float(self.header.guidance if asked is None else asked)
         if value > 1 and self.network.prompts < 2:
             raise ValueError(
                 f"{self.name} holds no negative prompt, so guidance must be 1, got {value:g}: "

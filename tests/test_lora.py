@@ -8,6 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from gendr import CheckpointError
 from gendr.files import lora
 
 
@@ -97,10 +98,11 @@ def test_what_has_no_place_is_named(change, words):
 
 
 def test_a_setting_of_peft_that_changes_the_product_is_refused(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4, "r": 2, "use_dora": true}')
-    with pytest.raises(ValueError, match="sets use_dora"):
-        lora.peft_scaling(tmp_path / "adapter_config.json")
-    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4, "r": 2}')
-    assert lora.peft_scaling(tmp_path / "adapter_config.json")(2) == 2
+    weights, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    settings.write_text('{"lora_alpha": 4, "r": 2, "use_dora": true}')
+    with pytest.raises(CheckpointError, match="sets use_dora"):
+        lora.scaling_of(weights)
+    settings.write_text('{"lora_alpha": 4, "r": 2}')
+    assert lora.scaling_of(weights)(2) == 2
     with pytest.raises(ValueError, match=r"rank 3, adapter_config\.json says 2"):
-        lora.peft_scaling(tmp_path / "adapter_config.json")(3)
+        lora.scaling_of(weights)(3)

@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 
 from gendr import schedule
-from gendr.files import layouts
 from gendr.networks.unet import SD21_16, UNet, UNetConfig
 from train import losses
 from train.losses import Distillation
@@ -426,7 +425,9 @@ def test_23_merged_equals_unmerged(tmp_path):
     plain = base(torch.float32)
     for name in ADAPTERS:
         state, merged = found.adapter_state(name), UNet(TINY)
-        merged.load_state_dict(layouts.merge_lora(plain.state_dict(), state, 2 * RANK))
+        merged.load_state_dict(
+            lora.merge(plain.state_dict(), lora.read(state, lambda rank: 2 * RANK / rank))
+        )
         out = merged(x["z_g"], x["t"], x["prompt"].expand(2, -1, -1))
         assert relative(out, found(x["z_g"], x["t"], x["prompt"], name)) < 1e-5
     assert {layer.scaling["real"] for layer in found.layers} == {2.0}

@@ -269,7 +269,9 @@ class Training:
         if not self.run.writes:
             return
         model = self.model()
-        header = {**self.networks.header, "name": self.settings.name, "training_step": step}
+        header = dataclasses.replace(
+            self.networks.header, name=self.settings.name, training_step=step
+        )
         checkpoint.save(self.run.folder / "model.safetensors", model.network, header)
         if self.networks.scores is not None:
             self.networks.scores.save(self.run.folder / "adapters")

@@ -32,8 +32,7 @@ def step_config(path: str) -> StepConfig:
     """Of a checkpoint, by its header alone; the full size where no path is given."""
     if not path:
         return StepConfig()
-    header, _ = checkpoint.read(Path(path))
-    return StepConfig.from_dict(header["config"])
+    return checkpoint.read_header(Path(path)).config
 
 
 def plan(settings: Any) -> str:

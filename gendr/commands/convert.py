@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         line.clear()
     print(
-        f"{output}: {header['name']}, {header['dtype']}, {output.stat().st_size / 1e9:.2f} GB, "
-        f"{header['licence']}"
+        f"{output}: {header.name}, {header.dtype}, {output.stat().st_size / 1e9:.2f} GB, "
+        f"{header.licence}"
     )
     return 0

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE, VAEConfig
 from . import folders, layouts
-from .pickles import tensors_of
+from .reading import SAFETENSORS, read_json, read_pickle
 from .shapes import CheckpointError, recognise, unet_config, vae_config
-from .stored import SAFETENSORS, Stored
+from .stored import Stored
 
 LICENCE = "OpenRAIL++-M (SD2.1-base)"
 # A v-prediction model of this family can be told by the spread of one bias: ComfyUI's observation.
@@ -68,7 +68,7 @@ def read(path: Path) -> Base:
 def _open(path: Path) -> Stored:
     if path.suffix.lower() in SAFETENSORS:
         return Stored(path)
-    return Stored(path, lambda: tensors_of(path))
+    return Stored(path, lambda: read_pickle(path))
 
 
 def _gather(files: list[Path]) -> tuple[dict[str, tuple[Stored, str]], dict[str, Tensor]]:
@@ -91,7 +91,7 @@ def _folder(folder: Path) -> Base:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     told = scheduler.exists()
     if told:
-        values = folders.read_json(scheduler)
+        values = read_json(scheduler)
         predicted = folders.prediction(values, folder)
         if predicted not in (None, "epsilon"):
             raise CheckpointError(
@@ -105,12 +105,10 @@ def _folder(folder: Path) -> Base:
             )
     places, empty = _gather(folders.weight_files(folder / "unet"))
     config = folders.unet_settings(
-        unet_config(empty), folders.read_json(folder / "unet" / "config.json"), folder / "unet"
+        unet_config(empty), read_json(folder / "unet" / "config.json"), folder / "unet"
     )
     vae_places, vae_empty = _gather(folders.weight_files(folder / "vae"))
-    vae = folders.vae_settings(
-        vae_config(vae_empty), folders.read_json(folder / "vae" / "config.json")
-    )
+    vae = folders.vae_settings(vae_config(vae_empty), read_json(folder / "vae" / "config.json"))
     names = layouts.vae_names(vae_empty, vae)
     base = _joined(folder, config, vae, {name: places[name] for name in places}, vae_places, names)
     if not told:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +15,8 @@ from ..devices import TORCH_DTYPES
 from ..networks.onestep import StepConfig
 from . import base as bases
 from . import prompts, sources, stored
-from .checkpoint import METADATA, make_header
+from .header import Header
+from .reading import naming
 from .shapes import CheckpointError
 from .sources import Source
 
@@ -36,7 +36,7 @@ def convert(
     dtype: str = "fp16",
     accepted: Callable[[str, str], bool],
     progress: OnProgress = lambda *_: None,
-) -> dict[str, Any]:
+) -> Header:
     """Write a GenDR checkpoint made of an adapter and its base; returns its header.
 
     prompt: the fixed prompt, encoded by the base's text encoder, or found in the file `embeds`.
@@ -47,13 +47,15 @@ def convert(
     is left behind.
     """
     progress("reading", 0, 1)
-    source = sources.read(path, semantic=semantic, coeff_t=coeff_t)
+    with naming(path):
+        source = sources.read(path, semantic=semantic, coeff_t=coeff_t)
     restorer = source.restorer
     if restorer.terms and not accepted(restorer.name, restorer.terms):
         raise CheckpointError(
             f"{restorer.name}'s terms were not accepted: read them, then add --accept-licence"
         )
-    ground = bases.read(base)
+    with naming(base):
+        ground = bases.read(base)
     try:
         for part, change in (("unet", source.unet), ("vae", source.vae)):
             shapes = inside(ground.shapes, part)
@@ -73,8 +75,8 @@ def convert(
         )
     progress("hashing", 0, 1)
     config = StepConfig(unet=ground.unet, vae=ground.vae, **restorer.constants())
-    header = make_header(
-        config,
+    header = Header(
+        config=config,
         name=restorer.name,
         licence=f"{restorer.licence} ({restorer.name}) + {bases.LICENCE}",
         bases=ground.facts(),
@@ -100,7 +102,6 @@ def convert(
         lambda name: positive if name == "embeds.positive" else merged(source, ground, name),
         kind,
         header,
-        key=METADATA,
         done=lambda written: progress("merging", written, total),
     )
     return header

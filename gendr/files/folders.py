@@ -6,7 +6,6 @@ read from the configuration beside the weights, never assumed. All errors are Ch
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from .. import schedule
 from ..networks.unet import UNetConfig
 from ..networks.vae import VAEConfig
+from .reading import read_json
 from .shapes import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -49,7 +49,7 @@ def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
         )
     if found.suffix != ".json":
         return [found]
-    names = read_json(found).get("weight_map", {})
+    names = read_json(found).get("weight_map") or {}
     files = [folder / name for name in sorted(set(names.values()))]
     missing = next((file.name for file in files if not file.exists()), None)
     if missing or not files:
@@ -57,22 +57,6 @@ def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
             f"{folder} is incomplete: {missing or 'every shard'} is missing; fetch it again"
         )
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: without it {path.parent.name}'s settings are unknown; fetch the "
-            "folder as a whole"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: fetch it again ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no settings: fetch it again")
-    return values
 
 
 def unet_settings(config: UNetConfig, values: dict[str, Any], folder: Path) -> UNetConfig:

@@ -6,16 +6,20 @@ and `MODULE.base_layer.weight|bias` for a module that was trained as a whole bes
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .header import shown
 from .layouts import UNET_PREFIXES
+from .reading import read_json
+from .shapes import CheckpointError
 
 # What peft puts in front of every name when it saves a model of its own.
 PEFT = "base_model.model."
@@ -135,7 +139,7 @@ def read(
             )
         a, b = pair["A"], pair["B"]
         rank = a.shape[0]
-        if min(a.dim(), b.dim()) < 2 or b.flatten(1).shape[1] != rank:
+        if min(a.dim(), b.dim()) < 2 or not rank or b.flatten(1).shape[1] != rank:
             raise ValueError(
                 f"the LoRA of {module} does not fit together: lora_A is {tuple(a.shape)}, lora_B "
                 f"{tuple(b.shape)}"
@@ -144,26 +148,47 @@ def read(
     return Lora(pairs, replaced)
 
 
-def peft_scaling(path: Path) -> Scaling:
-    """s by an adapter_config.json of peft. ValueError for what GenDR would compute otherwise."""
+def scaling_of(path: Path, metadata: Mapping[str, str] | None = None) -> Scaling:
+    """s of the adapter in this file, by its metadata or by the adapter_config.json that peft puts beside it.
+
+    CheckpointError where neither says it, or says something that GenDR would compute otherwise.
+    """
+    settings = path.with_name("adapter_config.json")
+    rank: Any = None
+    if metadata and "lora_alpha" in metadata:
+        found: Any = metadata["lora_alpha"]
+    elif settings.exists():
+        values = read_json(settings)
+        found, rank = values.get("lora_alpha"), values.get("r")
+        for switch, off in PEFT_SWITCHES.items():
+            if values.get(switch, off) not in (off, None):
+                raise CheckpointError(
+                    f"{settings.name} of {path.name} sets {switch}, which GenDR can't merge: merge it "
+                    "with peft's merge_and_unload"
+                )
+    else:
+        raise CheckpointError(
+            f"{path.name} doesn't say its lora_alpha: put peft's adapter_config.json beside it"
+        )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        alpha, rank = float(values["lora_alpha"]), int(values["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path.parent.name} has no readable {path.name} with lora_alpha and r: get it again"
-        ) from error
-    for switch, off in PEFT_SWITCHES.items():
-        if values.get(switch, off) not in (off, None):
-            raise ValueError(
-                f"{path.name} sets {switch}, which GenDR can't merge: merge it with peft's "
-                "merge_and_unload"
-            )
+        alpha = float(found)
+    except (TypeError, ValueError):
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise CheckpointError(
+            f"{path.name} has the lora_alpha {shown(found)}, which must be a number above 0: get the "
+            "LoRA again, or correct it in peft's adapter_config.json"
+        )
+    return exactly(alpha, rank, settings.name)
+
+
+def exactly(alpha: float, rank: int | None, where: str) -> Scaling:
+    """alpha / rank, and ValueError for a module of another rank than `where` says."""
 
     def scaling(found: int) -> float:
-        if found != rank:
-            raise ValueError(f"a module has rank {found}, {path.name} says {rank}: get it again")
-        return alpha / rank
+        if rank is not None and found != rank:
+            raise ValueError(f"a module has rank {found}, {where} says {rank}: another version")
+        return alpha / found
 
     return scaling
 

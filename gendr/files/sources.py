@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import schedule
-from . import layouts, lora, pickles
+from . import layouts, lora
 from .lora import Lora
+from .reading import SAFETENSORS, check_numbers, load_pickle, read_safetensors
 from .shapes import CheckpointError, vae_config
-from .stored import SAFETENSORS
 
 # peft's lora_alpha where a program doesn't set it; the pickles hold the rank alone.
 PEFT_ALPHA = 8
@@ -217,14 +216,8 @@ def _contents(path: Path) -> Any:
     if path.is_dir():
         return {name: path / name for name in OMGSR_FOLDERS if (path / name).is_dir()}
     if path.suffix.lower() not in SAFETENSORS:
-        return pickles.load(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} is not a whole safetensors file: get it again ({error})"
-        ) from error
+        return load_pickle(path)
+    return read_safetensors(path).tensors
 
 
 def _which(contents: Any) -> tuple[Restorer, Callable[[Any], Source]] | None:
@@ -274,7 +267,7 @@ def _pisa(contents: Mapping[str, Any]) -> Source:
     parts = {}
     for which, rank in ranks.items():
         mine = {k: v for k, v in tensors.items() if f"_{which}." in k}
-        parts[which] = lora.read(mine, _declared(rank), ())
+        parts[which] = lora.read(mine, lora.exactly(PEFT_ALPHA, rank, "the file"), ())
         if len(parts[which].pairs) != PISA.modules[0]:
             raise ValueError(
                 f"its adapter {which} changes {len(parts[which].pairs)} modules of the UNet, the "
@@ -293,7 +286,7 @@ def _osediff(contents: Mapping[str, Any]) -> Source:
     parts = [
         lora.read(
             _tensors(contents, f"state_dict_{part}"),
-            _declared(_rank(contents, f"rank_{part}")),
+            lora.exactly(PEFT_ALPHA, _rank(contents, f"rank_{part}"), "the file"),
             (),
         )
         for part in ("unet", "vae")
@@ -321,24 +314,14 @@ def _omgsr(contents: Mapping[str, Path]) -> Source:
     parts = []
     for name, prefix in OMGSR_FOLDERS.items():
         folder = contents[name]
-        scaling = lora.peft_scaling(folder / "adapter_config.json")
         file = next((folder / n for n in OMGSR_FILES if (folder / n).exists()), None)
         if file is None:
             raise ValueError(f"{name} holds no {OMGSR_FILES[0]}: is the download complete?")
-        found = lora.read(_contents(file), scaling, ())
+        found = lora.read(_contents(file), lora.scaling_of(file), ())
         parts.append(Lora({f"{prefix}{module}": pair for module, pair in found.pairs.items()}))
         if found.replaced:
             raise ValueError(f"{name} replaces whole modules, which the published one does not")
     return Source(OMGSR, *parts)
-
-
-def _declared(rank: int) -> lora.Scaling:
-    def scaling(found: int) -> float:
-        if found != rank:
-            raise ValueError(f"a module has rank {found}, the file says {rank}: another version")
-        return PEFT_ALPHA / rank
-
-    return scaling
 
 
 def _rank(contents: Mapping[str, Any], key: str) -> int:
@@ -354,6 +337,7 @@ def _tensors(contents: Mapping[str, Any], key: str) -> dict[str, Tensor]:
     odd = [k for k, v in values.items() if not isinstance(v, torch.Tensor)] if values else []
     if not isinstance(values, Mapping) or odd:
         raise ValueError(f"{key} holds {odd[0] if odd else 'nothing'}: another version")
+    check_numbers(values)
     return dict(values)
 
 

@@ -6,18 +6,21 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from .header import METADATA, Header
+from .reading import outline
 from .shapes import CheckpointError
 
-SAFETENSORS = (".safetensors", ".sft")
 # Pages of a mapped file count as memory in use until the mapping goes; it is renewed this often.
 MAPPED = 256 * 2**20
 # How the format spells the dtypes that GenDR writes.
@@ -38,17 +41,10 @@ class Stored:
         self._mapped: Mapping[str, Tensor] | None = None
         self._given = 0
         if open is None:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names = list(file.keys())
-                    self.shapes = {n: tuple(file.get_slice(n).get_shape()) for n in names}
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path.name} is not a whole safetensors file: get it again ({error})"
-                ) from error
+            tensors: Mapping[str, Tensor] = outline(path)[1]
         else:
-            self._mapped = open()
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in self._mapped.items()}
+            tensors = self._mapped = open()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored."""
@@ -67,15 +63,14 @@ def write(
     shapes: Mapping[str, Iterable[int]],
     read: Callable[[str], Tensor],
     dtype: torch.dtype,
-    header: dict[str, Any],
+    header: Header,
     *,
-    key: str,
     done: Callable[[int], None],
 ) -> None:
     """Write a safetensors file tensor by tensor: complete at `path`, or not at all.
 
-    shapes: of every tensor. read: gives one by its name, in any dtype. header: the JSON under the
-    metadata key `key`, to which `sha256` is added (as `checkpoint.digest` computes it).
+    shapes: of every tensor. read: gives one by its name, in any dtype. header: to which the tensors'
+    SHA-256 is added, as `checkpoint.digest` computes it.
     done: called with the bytes written so far. CheckpointError when the disk is full, or when a value
     is not finite in `dtype`.
     """
@@ -91,7 +86,8 @@ def write(
             "data_offsets": [position, end],
         }
         position = end
-    metadata = {key: json.dumps({**header, "sha256": NO_DIGEST}, sort_keys=True)}
+    values = replace(header, sha256=NO_DIGEST).as_dict()
+    metadata = {METADATA: json.dumps(values, sort_keys=True)}
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     assert text.count(NO_DIGEST.encode()) == 1
@@ -103,7 +99,7 @@ def write(
             f"{path.name} needs {need / 1e9:.2f} GB, {path.parent} has {room / 1e9:.2f} GB free: "
             "choose another place or make room"
         )
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f".gendr-{secrets.token_hex(8)}.part")
     sha = hashlib.sha256()
     try:
         with said(path), open(temporary, "wb") as file:

@@ -20,7 +20,6 @@ from gendr import schedule
 from gendr.files import checkpoint, layouts
 from gendr.files.checkpoint import CheckpointError
 from gendr.files.shapes import recognise, unet_config, vae_config
-from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet, UNetConfig
 from gendr.networks.vae import VAE, VAEConfig
 
@@ -127,25 +126,20 @@ def read_unet(source: str, revision: str | None = None) -> Part:
             f"{inner} is {values.get('_class_name', 'something else')}, not a UNet: give a folder "
             "of Stable Diffusion 2.1"
         )
-    state = checkpoint.read_file(weights_in(inner))[1]
+    state = checkpoint.read_file(weights_in(inner)).tensors
     config = _with_settings(unet_config(state), values, inner)
     return Part(config, state, facts, _prediction(path / "scheduler" / "scheduler_config.json"))
 
 
 def _unet_file(path: Path, facts: dict[str, Any]) -> Part:
-    metadata, tensors = checkpoint.read_file(path)
-    if checkpoint.METADATA in metadata:
-        header = checkpoint.checked_header(path, metadata[checkpoint.METADATA])
-        if header["format"] != checkpoint.FORMAT:
-            raise PretrainedError(
-                f"{path.name} is folded into one step and can't be trained: use the checkpoint it "
-                "was made from"
-            )
-        config = StepConfig.from_dict(header["config"])
+    file = checkpoint.read_file(path)
+    if checkpoint.has_header(file):
+        header, tensors = checkpoint.read(path)
+        checkpoint.check_full(header, path, "can't be trained")
         state = checkpoint.split(tensors)["unet"]
-        facts |= {"licence": header.get("licence"), "revision": header.get("sha256")}
-        return Part(config.unet, state, facts, config.prediction_type)
-    state, config = checkpoint.bare_unet(path, tensors)
+        facts |= {"licence": header.licence, "revision": header.sha256}
+        return Part(header.config.unet, state, facts, header.config.prediction_type)
+    state, config = checkpoint.bare_unet(path, file.tensors)
     return Part(config, state, facts)
 
 
@@ -241,24 +235,20 @@ def read_vae(source: str, revision: str | None = None) -> Part:
     path = folder_of(source, patterns, revision)
     facts = facts_of("vae", source, path, revision)
     if path.is_file():
-        metadata, tensors = checkpoint.read_file(path)
-        if checkpoint.METADATA in metadata:
-            header = checkpoint.checked_header(path, metadata[checkpoint.METADATA])
-            config = StepConfig.from_dict(header["config"])
-            state = checkpoint.split(tensors)["vae"]
-            if not state:
-                raise PretrainedError(
-                    f"{path.name} is folded and holds no autoencoder to train with: use the "
-                    "checkpoint it was made from"
-                )
-            facts |= {"licence": header.get("licence"), "revision": header.get("sha256")}
-            return Part(config.vae, state, facts)
+        file = checkpoint.read_file(path)
+        if checkpoint.has_header(file):
+            header, tensors = checkpoint.read(path)
+            checkpoint.check_full(header, path, "holds no autoencoder to train with")
+            facts |= {"licence": header.licence, "revision": header.sha256}
+            return Part(header.config.vae, checkpoint.split(tensors)["vae"], facts)
+        tensors = file.tensors
         n = len(layouts.LDM_VAE)
         inner = {k[n:]: v for k, v in tensors.items() if k.startswith(layouts.LDM_VAE)}
         state, values = inner or tensors, read_json(path.with_name("config.json"))
     else:
         inner = path / "vae" if (path / "vae").is_dir() else path
-        state, values = checkpoint.read_file(weights_in(inner))[1], read_json(inner / "config.json")
+        state = checkpoint.read_file(weights_in(inner)).tensors
+        values = read_json(inner / "config.json")
     if "scaling_factor" not in values:
         raise PretrainedError(
             f"the config.json of {source} gives no scaling_factor: latents would have the wrong "
