@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 
 from gendr import schedule
+from gendr.files import lora
 from gendr.networks.unet import SD21_16, UNet, UNetConfig
 from train import losses
 from train.losses import Distillation
