@@ -63,7 +63,7 @@ def choose_precision(
     requested: str = "auto",
     *,
     model: str | None = None,
-    usual: str | None = None,
+    usual: str = DTYPES[0],
 ) -> Precision:
     """Dtypes for a device. `auto` takes bf16, then fp16, where a probe shows that they pay.
 
@@ -76,7 +76,7 @@ def choose_precision(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
     if requested == "auto" and model is not None:
         return _precision_of_model(device, model, usual)
-    if requested == "auto" and usual is not None:
+    if requested == "auto":
         requested = usual
     if requested == "auto":
         candidates = ("bf16",) if device.type == "cpu" else ("bf16", "fp16")
@@ -92,7 +92,7 @@ def choose_precision(
     return _precision(device, requested, "as asked")
 
 
-def _precision_of_model(device: torch.device, model: str, usual: str | None) -> Precision:
+def _precision_of_model(device: torch.device, model: str, usual: str) -> Precision:
     """The model's own dtype where this device is faster in it and the host allows less than fp32."""
     half = model if model != "fp32" and usual != "fp32" else None
     if half == "fp16" and device.type == "cpu":

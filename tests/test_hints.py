@@ -82,14 +82,14 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.mark.parametrize(
     ("device", "requested", "model", "usual", "name", "vae"),
     [
-        (CUDA, "auto", None, None, "bf16", torch.bfloat16),
-        (CUDA, "auto", "fp16", None, "fp16", torch.float32),
+        (CUDA, "auto", None, "auto", "bf16", torch.bfloat16),
+        (CUDA, "auto", "fp16", "auto", "fp16", torch.float32),
         (CUDA, "auto", "fp16", "bf16", "fp16", torch.float32),
         (CUDA, "auto", "fp16", "fp32", "fp32", torch.float32),
         (CUDA, "auto", "fp32", "bf16", "fp32", torch.float32),
         (CUDA, "auto", None, "fp16", "fp16", torch.bfloat16),
-        (CUDA, "bf16", "fp16", None, "bf16", torch.bfloat16),
-        (CPU, "auto", "fp16", None, "fp32", torch.float32),
+        (CUDA, "bf16", "fp16", "auto", "bf16", torch.bfloat16),
+        (CPU, "auto", "fp16", "auto", "fp32", torch.float32),
     ],
 )
 def test_auto_takes_the_dtype_that_the_model_bears(

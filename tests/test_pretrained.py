@@ -174,12 +174,12 @@ def test_what_does_not_fit_is_a_sentence(folder, tmp_path, monkeypatch):
     with pytest.raises(checkpoint.CheckpointError, match=r"SD1\.5 UNet with 4 latent channels"):
         pretrained.read_unet(str(tmp_path / "sd15"))
     tiny_unet(use_linear_projection=False).save_pretrained(tmp_path / "conv" / "unet")
-    with pytest.raises(PretrainedError, match=r"not built as SD2\.1 is"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"not built as SD2\.1 is"):
         pretrained.read_unet(str(tmp_path / "conv"))
     with pytest.raises(PretrainedError, match="AutoencoderKL, not a UNet"):
         pretrained.read_unet(str(folder / "vae"))
     (tmp_path / "empty" / "unet").mkdir(parents=True)
-    with pytest.raises(PretrainedError, match=r"config\.json is missing"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"config\.json is missing"):
         pretrained.read_unet(str(tmp_path / "empty"))
     part = pretrained.read_unet(str(folder))
     del part.state["mid_block.resnets.0.conv1.weight"]
@@ -194,5 +194,5 @@ def test_what_does_not_fit_is_a_sentence(folder, tmp_path, monkeypatch):
 def test_another_noise_schedule_is_refused(folder, tmp_path):
     tiny_unet().save_pretrained(tmp_path / "unet")
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(PretrainedError, match="another noise schedule"):
+    with pytest.raises(checkpoint.CheckpointError, match="another noise schedule"):
         pretrained.read_unet(str(tmp_path))

@@ -33,7 +33,7 @@ from ..networks.onestep import (
 )
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE
-from ..settings import SPEEDS
+from ..settings import DTYPES, SPEEDS
 from . import layouts, lora, sources
 from .header import METADATA, STORED, Header, printable
 from .reading import EXTENSIONS as EXTENSIONS
@@ -63,7 +63,7 @@ def load(
     base: str | Path | None = None,
     fold: bool = True,
     runs_on: str | torch.device | None = None,
-    usual: str | None = None,
+    usual: str = DTYPES[0],
     speed: str = SPEEDS[0],
 ) -> GenDR:
     """A model from a file, ready to run. None = GenDR-Tiny, which is part of the package.
