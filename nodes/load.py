@@ -9,13 +9,15 @@ from . import host
 class LoadGenDR:
     """Choose a model file. ComfyUI keeps the result until an input or the file changes."""
 
-    CATEGORY = "GenDR"
+    CATEGORY = "image/upscaling"
     FUNCTION = "load"
     RETURN_TYPES = ("GENDR_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The restoration model, for GenDR Upscale and Tiled GenDR.",)
     DESCRIPTION = "Loads a GenDR model. GenDR-Tiny comes with the pack; nothing is downloaded."
-    SEARCH_ALIASES = ("upscale model", "super resolution", "restore", "gendr")
+    SEARCH_ALIASES = (
+        *("load upscale model", "upscale model", "super resolution", "restore", "gendr"),
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:

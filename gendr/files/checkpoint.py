@@ -35,7 +35,7 @@ from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE
 from ..settings import DTYPES, SPEEDS
 from . import layouts, lora, sources
-from .header import METADATA, STORED, Header, printable
+from .header import METADATA, STORED, Header, Newer, printable
 from .reading import EXTENSIONS as EXTENSIONS
 from .reading import (
     SAFETENSORS,
@@ -83,6 +83,8 @@ def load(
     path = Path(path) if path is not None else EMBEDDED
     place = choose_device(device)
     header, state = read(path, base)
+    if not fold:
+        check_full(header, path, "has neither timestep nor prompt left to choose")
     precision = choose_precision(
         place if runs_on is None else torch.device(runs_on),
         dtype,
@@ -91,9 +93,7 @@ def load(
     )
     with naming(path):
         config, projections = header.config, None
-        if not fold:
-            check_full(header, path, "has neither timestep nor prompt left to choose")
-        elif not header.folded:
+        if fold and not header.folded:
             parts = split(state)
             projections = prompt_projections(parts["unet"])
             config, state = fold_state(config, parts["unet"], parts["vae"], parts["embeds"])
@@ -322,6 +322,8 @@ def checked_header(path: Path, text: str) -> Header:
     """The header of a GenDR file, if this program can read it."""
     try:
         return Header.parse(text)
+    except Newer as error:
+        raise CheckpointError(f"{path.name} {error}") from error
     except ValueError as error:
         raise CheckpointError(
             f"{path.name} has a header that can't be used: {error}; get the file again"

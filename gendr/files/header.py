@@ -23,6 +23,10 @@ STORED = "fp16"
 LARGEST_MULTIPLE = 1024
 
 
+class Newer(ValueError):
+    """A header that only a newer version of this program can read."""
+
+
 class Rule(NamedTuple):
     """What a field may hold: in words, and as a test of a value."""
 
@@ -211,8 +215,8 @@ class Header:
         kind, version = values.pop("format"), values.pop("version")
         check({"format": kind}, KIND)
         if type(version) is int and version > VERSION:
-            raise ValueError(
-                f"it is of version {shown(version)}, this program reads up to {VERSION}: update GenDR"
+            raise Newer(
+                f"is of version {shown(version)}, this program reads up to {VERSION}: update it"
             )
         check({"version": version}, KIND)
         known = {name: values.pop(name) for name in HEADER if name in values}
