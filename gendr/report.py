@@ -31,13 +31,15 @@ class Progress:
     """Work done so far, over all pictures of a run.
 
     done, total: passes (tiles, and encode and decode where they run on their own).
-    preview: makes a small picture 3 h w in [0, 1] of the part that was just finished; None where
-    there is nothing to see yet. Only pay for it when it will be shown.
+    share: of the work, 0 to 1; passes weigh as much as they compute, and grow strip by strip.
+    preview: makes a small picture 3 h w in [0, 1] of the present one so far. Only pay for it when
+    it will be shown.
     """
 
     done: int
     total: int
     image_index: int
+    share: float
     preview: Callable[[], Tensor] | None = None
 
 
