@@ -82,16 +82,16 @@ def checked_prompt(positive: Any) -> Tensor | None:
     """A CONDITIONING of one text -> its embedding 1 n d float32; None = no prompt. ValueError with a remedy."""
     if positive is None:
         return None
-    try:
-        embeddings = [entry[0] for entry in positive]
-        found = all(isinstance(embedding, Tensor) for embedding in embeddings)
-    except (TypeError, IndexError, KeyError):
-        found = False
+    found = isinstance(positive, list) and all(
+        isinstance(entry, (list, tuple)) and entry and isinstance(entry[0], Tensor)
+        for entry in positive
+    )
     if not found:
         raise ValueError(
             f"What came as positive is no conditioning but {type(positive).__name__}: connect CLIP Text "
             "Encode."
         )
+    embeddings = [entry[0] for entry in positive]
     if len(embeddings) != 1 or len(embeddings[0]) != 1:
         raise ValueError(
             "positive holds several conditionings side by side; GenDR takes one prompt: connect one "
