@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -106,7 +107,7 @@ def write(
             file.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
             tensor = read(name).detach().to(dtype).contiguous()
-            if not bool(torch.isfinite(tensor).all()):
+            if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
                 raise CheckpointError(
                     f"{name} holds values that {str(dtype).removeprefix('torch.')} can't: get the "
                     "files again, or choose fp32 or bf16"
