@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .resize import resize
+from .resizing import resize
 
 # Back-projection stops when the reduced result is this close to the input, half an 8-bit step ...
 CLOSE = 0.5 / 255

@@ -168,6 +168,7 @@ class GenDR:
             nothing = replace(planned(image, free_bytes), grid=NO_TILES)
             report = Report(
                 model=self.name,
+                settings=chosen,
                 plan=nothing,
                 dtype=self.precision.name,
                 licence=self.licence,

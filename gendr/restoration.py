@@ -20,7 +20,7 @@ from .networks.work import stages
 from .plan import Plan
 from .preview import LatentColours, Preview
 from .report import Cancelled, OnProgress, Progress, Report
-from .resize import pad, resize, roll_up, unroll
+from .resizing import pad, resize, roll_up, unroll
 from .settings import Settings
 from .speed.runners import Eager
 from .speed.transfer import Transfer
@@ -65,6 +65,7 @@ class Restoration:
 
     def __post_init__(self) -> None:
         self.done = self.index = 0
+        self.seam_scores: list[float] = []
         extra = 2 if self.plan.mode == "latent_tiles" else 0
         self.total = (self.plan.tiles + extra) * self.plan.images
         # Multiply-adds: of a pixel in each stage, of the present picture so far, of its strips since
@@ -91,6 +92,7 @@ class Restoration:
         )
         report = Report(
             model=self.name,
+            settings=self.settings,
             plan=self.plan,
             dtype=self.precision.name,
             licence=self.licence,
@@ -106,9 +108,8 @@ class Restoration:
                 report.lr_psnr += lr_psnr / batch
                 self.finish_picture(result[one])
             report.plan = self.plan
-            as_computed = self.plan.work_size == self.plan.output_size
-            if self.plan.tiles > 1 and as_computed and not self.settings.seamless:
-                report.seam_score = seam_score(result[:, : min(3, channels)], self.plan.grid)
+            if self.seam_scores:
+                report.seam_score = sum(self.seam_scores) / batch
         report.passes = self.runner.told()
         report.seconds = time.perf_counter() - started
         report.peak_bytes = devices.peak_bytes(self.device)
@@ -149,9 +150,13 @@ class Restoration:
             y = y[..., : plan.work_size[0], : plan.work_size[1]]
             y = color.apply(settings.color_fix, y, enlarged)
         y = y.clamp(0, 1)
-        if plan.work_size != plan.output_size:
+        as_computed = plan.work_size == plan.output_size
+        if not as_computed:
             y = reduce(y, plan.output_size)
-        return back_project(y, image, settings.fidelity)
+        y = back_project(y, image, settings.fidelity)
+        if plan.tiles > 1 and as_computed and not settings.seamless:
+            self.seam_scores.append(seam_score(y, plan.grid, enlarged))
+        return y
 
     def network_pass(self, x: Tensor) -> Tensor:
         """1 3 H W in [-1, 1] -> the same, by the plan's mode."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import gendr
 from gendr import CheckpointError
 from gendr.cli import main
+from gendr.commands import doctor
 from gendr.commands.trouble import reason
 from gendr.files import checkpoint, reading
 from gendr.files.shapes import unet_config, vae_config
@@ -382,6 +383,14 @@ def test_info_says_what_is_wrong_with_a_header(broken, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert path.name in err
+
+
+@pytest.mark.parametrize("broken", ["code", pytest.param("a pipe", marks=POSIX)], indirect=True)
+def test_doctor_fails_the_model_and_goes_on(broken):
+    path, _, _ = broken
+    (check,) = doctor.model_checks(path, None, "cpu", "fp32", "eager")
+    assert check.ok is False
+    assert path.name in check.told
 
 
 # ---- what is right must stay right ----

@@ -136,3 +136,12 @@ def test_a_latent_is_seen_in_its_picture_s_colours():
     seen = LatentColours(torch.einsum("lc,bchw->blhw", mix, colours), enlarged)
     other = torch.rand(1, 3, 5, 5, generator=generator) * 2 - 1
     assert (seen(torch.einsum("lc,bchw->blhw", mix, other)) - other).abs().max() < 0.01
+
+
+def test_the_report_names_the_settings(plain):
+    _, report = plain.restore_with_report(picture(), long_side=100, detail=0.7, seamless=True)
+    words = str(report.settings)
+    assert words in str(report)
+    assert words.startswith("long side 100, color fix wavelet, detail 0.7, fidelity ")
+    assert words.endswith("seamless on")
+    assert report.as_dict()["settings"]["long_side"] == 100

@@ -474,4 +474,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except checkpoint.CheckpointError as error:
+        raise SystemExit(f"train.restorer: {error}") from error
