@@ -13,7 +13,7 @@ import gendr
 from gendr import CheckpointError, Settings, devices
 from gendr.files import checkpoint
 from gendr.networks.onestep import Unfolded
-from gendr.resize import resize
+from gendr.resizing import resize
 
 PROMPTS = ("positive", "negative")
 

@@ -88,18 +88,20 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
 
 def add_convert(made: argparse.ArgumentParser) -> None:
     made.add_argument(
-        "source", type=Path, help="file of PiSA-SR, OSEDiff or HYPIR, or folder of OMGSR-S"
+        "source", type=expand, help="file of PiSA-SR, OSEDiff or HYPIR, or folder of OMGSR-S"
     )
     made.add_argument(
         "--base",
-        type=Path,
+        type=expand,
         required=True,
         help="Stable Diffusion 2.1-base: a diffusers folder, or one file",
     )
-    made.add_argument("--output", "-o", type=Path, required=True, help="file to write")
+    made.add_argument("--output", "-o", type=expand, required=True, help="file to write")
     made.add_argument("--prompt", default="", help="the fixed prompt (default: empty)")
     made.add_argument(
-        "--embeds", type=Path, help="file that holds the prompt's embedding, instead of encoding it"
+        "--embeds",
+        type=expand,
+        help="file that holds the prompt's embedding, instead of encoding it",
     )
     made.add_argument(
         "--semantic",
