@@ -182,7 +182,7 @@ def readable(facts: dict[str, Any], inset: str = "") -> list[str]:
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict) and value:
-            lines += [f"{inset}{name}", *readable(value, inset + "  ")]
+            lines += [f"{inset}{trouble.plain(name)}", *readable(value, inset + "  ")]
         else:
             if value is None or value in ([], {}):
                 value = "-"
@@ -190,5 +190,5 @@ def readable(facts: dict[str, Any], inset: str = "") -> list[str]:
                 value = " ".join(map(str, value))
             elif isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
                 value = f"{value:,}"
-            lines.append(f"{inset}{name!s:<{width}}  {value}")
+            lines.append(f"{inset}{trouble.plain(name):<{width}}  {trouble.plain(value)}")
     return lines

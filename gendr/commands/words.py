@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from .. import pictures
 from ..files.sources import HYPIR
-from ..settings import BOUNDS, COLOR_FIXES, DTYPES, SPEEDS, Settings
+from ..settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings, fidelity_from
 from . import jobs
 from .finding import expand
 
@@ -147,8 +147,24 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
     number(size, "--megapixels", help="size of the result in millions of pixels")
 
     look = made.add_argument_group("look")
+    look.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default=defaults.preset,
+        help="the kind of picture; the options below count where you give them "
+        "(default: %(default)s, by looking at each picture)",
+    )
     number(look, "--detail", help="0 adds nothing, 1 is the model, above exaggerates")
-    number(look, "--fidelity", help="1 = reduced to the input's size, the result is the input")
+    bound = BOUNDS["fidelity"]
+    look.add_argument(
+        "--fidelity",
+        type=fidelity_from,
+        default=defaults.fidelity,
+        metavar="N",
+        help="1 = reduced to the input's size, the result is the input "
+        f"({bound.minimum:g} to {bound.maximum:g}, default: {defaults.fidelity}, by how damaged the "
+        "input is)",
+    )
     look.add_argument(
         "--color-fix",
         choices=COLOR_FIXES,

@@ -487,6 +487,8 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
         facts["tensors"] = len(tensors)
         facts["parameters"] = sum(tensor.numel() for tensor in tensors.values())
         if METADATA in metadata:
-            return {**checked_header(path, metadata[METADATA]).as_dict(), **facts}
+            header = checked_header(path, metadata[METADATA])
+            check_tensors(header.config, tensors)
+            return {**header.as_dict(), **facts}
         name = sources.name_of(path)
         return {**facts, "kind": sources.advice(path, name) if name else recognise(tensors)}
