@@ -21,9 +21,10 @@ import torch
 from benchmarks.memory import Watch
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet
-from train import cida, plan, recipe
+from train import cida, recipe
 from train import memory as estimate
 from train.processes import Processes
+from train.stage2 import plan
 from train.stage2 import step as iteration
 from train.stage2.discriminator import Discriminator
 from train.stage2.scores import Scores, recompute_blocks

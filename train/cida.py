@@ -40,12 +40,12 @@ from train.data.stream import Batch, Stream
 from train.evaluation.testset import InputError
 from train.features import FeaturesError
 from train.pixels import enlarge
-from train.plan import plan
 from train.processes import Processes
 from train.recipe import SettingsError, setting
 from train.run import Average, Run, TrainingError
 from train.stage2 import step as iteration
 from train.stage2.networks import Networks
+from train.stage2.plan import plan
 from train.stage2.step import Iteration, Sample
 from train.stage2.validation import Validation
 
@@ -71,7 +71,7 @@ class Settings:
     data: tuple[str, ...] = setting((), "folders or tars of pictures, or one folder of ready pairs")
     crop: int = setting(512, "pixels of the clean crop")
     scale: int = setting(4, "how many times smaller the damaged copy is")
-    mix: str = setting("paper", "mixture of degradations, see train.degrade")
+    mix: str = setting("paper", "mixture of degradations, see train.data.degradations")
     workers: int = setting(8, "processes that read and damage pictures")
     steps: int = setting(50_000, "generator steps")
     batch: int = setting(1024, "pictures per step, over all processes and micro-batches")

@@ -111,7 +111,9 @@ class Settings:
     posterior: Literal["sample", "mode"] = setting(
         "sample", "latents to train on; mode where the autoencoder's variance was never trained"
     )
-    mix: str = setting("paper", "mixture of degradations in refinement, see train.degrade")
+    mix: str = setting(
+        "paper", "mixture of degradations in refinement, see train.data.degradations"
+    )
     scale: int = setting(4, "how many times smaller the damaged copy is")
     beta1: float = setting(0.9, "AdamW")
     beta2: float = setting(0.999, "AdamW")

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from train import degrade
+from train.data import degradations
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "YCbCr"}
@@ -198,7 +198,7 @@ def random_crop(pixels: np.ndarray, side: int, rng: np.random.Generator, flip: b
 
 @dataclass(frozen=True)
 class Degradation:
-    """How the low-resolution copies are made; see train.degrade.
+    """How the low-resolution copies are made; see train.data.degradations.
 
     share: of the pictures that get one; the others' is black, with an empty `damage`.
     """
@@ -256,7 +256,7 @@ class Pictures(Dataset):
             seed, trace = int(rng.integers(2**63)), []
             low = np.zeros((self.crop // how.scale, self.crop // how.scale, 3), np.uint8)
             if rng.random() < how.share:
-                low = degrade.degrade(
+                low = degradations.degrade(
                     hr, kind=how.kind, mix=how.mix, scale=how.scale, seed=seed, trace=trace
                 )
             item |= {"lr": _tensor(low), "damage": "; ".join(trace)}

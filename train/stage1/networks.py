@@ -17,10 +17,10 @@ from train import embeddings, layers
 from train import memory as estimate
 from train.features import CELL, DinoV2, Projector
 from train.memory import gib
-from train.plan import ENCODER_SIZES
 from train.stage1 import pretrained, prompts
 from train.stage1.pretrained import PretrainedError
 from train.stage1.step import Denoiser, Objective, Rules
+from train.stage2.plan import ENCODER_SIZES
 from train.stage2.scores import recompute_blocks
 
 # Parameters of what only a download could tell, for the plan of a run.

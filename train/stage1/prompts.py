@@ -27,7 +27,7 @@ TERMS = 4
 # Share of refinement samples that see the fixed prompt as it is exported instead of a caption or of
 # the damage in words: what inference uses must have been seen.
 FIXED = 0.5
-# What train.degrade notes, and how people call it.
+# What the degradations note, and how people call it.
 DAMAGE = (
     (r"iso |^blur ", "blurred"),
     (r"sinc ", "ringing"),
@@ -73,7 +73,7 @@ def from_encoder(encoder: TextEncoder) -> Fixed:
 
 
 def damage_in_words(trace: Sequence[str]) -> str:
-    """The steps that train.degrade noted, as negative terms: "low resolution, blurred, ..."."""
+    """The steps that the degradations noted, as negative terms: "low resolution, blurred, ..."."""
     words = [word for pattern, word in DAMAGE if any(re.search(pattern, step) for step in trace)]
     return ", ".join(["low quality", "low resolution", *words])
 
