@@ -13,22 +13,24 @@ import pytest
 import torch
 from conftest import UNET, VAE_, header, random_network
 from PIL import Image
+from stage2 import objective, rules
 from two import run_two
 
 import gendr
+from gendr import schedule
 from gendr.files import checkpoint
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet, UNetConfig
 from gendr.networks.vae import VAEConfig
 from train import ablation, cida, losses, recipe
+from train.data.stream import Purpose
 from train.features import Projector
-from train.losses import Distillation, Weights
 from train.processes import Processes
 from train.run import Run, TrainingError
 from train.stage2 import discriminator
 from train.stage2.discriminator import Discriminator
 from train.stage2.scores import Scores
-from train.stage2.step import Generator, Iteration, Rules, Sample
+from train.stage2.step import Generator, Iteration, Sample
 
 SMALL = UNetConfig(
     latent_channels=4,
@@ -42,7 +44,7 @@ SMALL = UNetConfig(
 STEP = StepConfig(unet=SMALL, vae=VAEConfig(latent_channels=4))
 
 
-def make_iteration(rules=None, *, seed=0, recompute=False, awake=True):
+def make_iteration(chosen=None, *, seed=0, recompute=False, awake=True):
     """An iteration on tiny networks in float64, every layer of them awake."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -50,8 +52,8 @@ def make_iteration(rules=None, *, seed=0, recompute=False, awake=True):
         base = copy.deepcopy(unet)
         prompt, null = torch.randn(2, 1, 3, 6, dtype=torch.float64)
         projector = Projector(8, 5, hidden=7).double()
-        scores = Scores(base, rank=2, alpha=4, recompute=recompute)
-        heads = Discriminator(SMALL, width=8, groups=2).double()
+        scores = Scores(base, lora_rank=2, lora_alpha=4, prediction="epsilon", recompute=recompute)
+        heads = Discriminator(SMALL, at=("mid",), width=8, groups=2).double()
         if awake:
             for name in ("real", "fake"):
                 for p in scores.parameters_of(name):
@@ -59,7 +61,7 @@ def make_iteration(rules=None, *, seed=0, recompute=False, awake=True):
             torch.nn.init.normal_(heads.heads["mid"][-1].weight)
     generator = Generator(unet, STEP, prompt, projector)
     return Iteration(
-        generator, scores, heads, prompt, null, rules or Rules(), Processes("cpu"), seed=seed
+        generator, scores, heads, prompt, null, chosen or rules(), Processes("cpu"), seed=seed
     )
 
 
@@ -126,30 +128,38 @@ def test_recomputed_blocks_give_the_same_step():
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_the_generator_step_is_the_gradient_of_eq_11(step):
-    weights = Weights(lambda1=2.0, lambda1_late=0.7, late=1, lambda2=0.3, lambda3=0.2)
-    it, (s,) = make_iteration(Rules(weights=weights, kappa_real=3.0, kappa_fake=1.5)), samples()
+    chosen = rules(
+        lambda1=2.0,
+        lambda1_late=0.7,
+        late=1,
+        lambda2=0.3,
+        lambda3=0.2,
+        kappa_real=3.0,
+        kappa_fake=1.5,
+    )
+    it, (s,) = make_iteration(chosen), samples()
     it.generator_step([s], step)
     found = gradients(it)["generator"]
     # The same objective, through everything at once.
     it.generator.zero_grad()
     z_g, tokens = it.generator(s.z_l)
-    noise = it.draw(s, 4)
-    a, b = losses.levels(noise.t, z_g)
+    noise = it.draw(s, Purpose.PULL)
+    a, b = schedule.levels(noise.t, z_g)
     z_t = a * z_g + b * noise.eps
     f_real, f_fake = (
         it.scores.guided(z_t, noise.t, it.prompt, name, null=it.null, kappa=kappa)
         for name, kappa in (("real", 3.0), ("fake", 1.5))
     )
     logits = it.heads(discriminator.features(it.scores, z_t, noise.t, it.prompt))
-    objective = losses.objective(
-        weights,
+    total = objective(
+        chosen.weights,
         step,
-        cid=losses.distillation(f_real, f_fake, z_g, s.z_h, Distillation()),
+        cid=losses.distillation(f_real, f_fake, z_g, s.z_h, chosen.distillation),
         adv=losses.adversarial(logits),
         repa=losses.alignment(tokens, s.features),
         mse=losses.consistency(z_g, s.z_h),
     )
-    objective.backward()
+    total.backward()
     assert largest_difference({"g": found}, {"g": gradients(it)["generator"]}) < 1e-9
 
 
@@ -163,7 +173,7 @@ def test_heads_see_both_latents_under_the_same_noise():
     assert other["logit_real"] != other["logit_fake"] == values["logit_fake"]
     # Without noise on request: then the noise's seed does not matter.
     for clean, alike in ((True, True), (False, False)):
-        a, b = (make_iteration(Rules(clean_judge=clean), seed=n).score_step([s]) for n in (0, 1))
+        a, b = (make_iteration(rules(clean_judge=clean), seed=n).score_step([s]) for n in (0, 1))
         assert (a["logit_real"] == b["logit_real"]) == alike
 
 
@@ -193,7 +203,7 @@ def test_21_every_phase_changes_only_its_own():
 
 def test_adapters_follow_their_own_latents():
     """Each score step makes its adapter better on its own latents, at the noise that it saw."""
-    it, batch = make_iteration(Rules(drop=0.0)), samples()
+    it, batch = make_iteration(rules(drop=0.0)), samples()
     first = it.score_step(batch)
     for name in ("fake", "real"):
         torch.optim.SGD(it.trained()[name], 0.05).step()
@@ -213,7 +223,7 @@ def test_dropped_prompts_train_the_empty_branch():
     """With every prompt dropped the prompt itself must not matter to the score losses."""
     values = []
     for factor in (1, 5):
-        it = make_iteration(Rules(drop=1.0, weights=Weights(lambda2=0.0)))
+        it = make_iteration(rules(drop=1.0, lambda2=0.0))
         it.prompt = it.prompt * factor
         values.append(it.score_step(samples()))
     assert values[0]["score_real"] == values[1]["score_real"]
@@ -222,7 +232,7 @@ def test_dropped_prompts_train_the_empty_branch():
 @pytest.mark.parametrize("preset", sorted(recipe.presets()))
 def test_presets_reach_what_they_name(preset):
     settings = recipe.build(cida.Settings, {"encoder": "any"}, recipe.presets()[preset])
-    it = make_iteration(cida.iteration.rules(settings))
+    it = make_iteration(settings.rules)
     values, found = both_phases(it, samples())
     assert ("real" in found) == (preset in ("cid", "cida", "paper_literal"))
     assert ("fake" in found) == (preset != "regression")
@@ -232,7 +242,7 @@ def test_presets_reach_what_they_name(preset):
 
 
 def test_27_overfits_one_pair():
-    it = make_iteration(Rules(weights=Weights(lambda1=0, lambda1_late=0, lambda2=0, lambda_mse=1)))
+    it = make_iteration(rules(lambda1=0, lambda1_late=0, lambda2=0, lambda_mse=1))
     batch = [samples(1, 1)[0]]
     optimizer = torch.optim.Adam(it.generator.parameters(), lr=5e-3)
     distances = []
@@ -269,7 +279,7 @@ def base(tmp_path_factory):
 def words(base, data, out, **more):
     options = {
         "base": base, "data": data, "out": out, "steps": 3, "batch": 2, "micro_batch": 1, "crop": 32,
-        "workers": 0, "warmup": 1, "rank": 2, "alpha": 4, "head_width": 8, "lambda3": 0,
+        "workers": 0, "warmup": 1, "lora_rank": 2, "lora_alpha": 4, "head_width": 8, "lambda3": 0,
         "precision": "fp32", "lr": 1e-3, "lr_scores": 1e-3, "lr_heads": 1e-3, "log_every": 1,
         "save_every": 1, "validate_every": 2, "device": "cpu", **more,
     }  # fmt: skip
@@ -316,7 +326,7 @@ def test_the_exported_file_goes_straight_into_the_loader(base, pairs, tmp_path):
     assert (tmp_path / "run" / "sheet.png").exists()
     # The averaged weights are exported, and they are neither the first nor the last ones.
     trained = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    last = trained["generator"]["unet.conv_in.weight"]
+    last = trained["generator"]["network.unet.conv_in.weight"]
     kept = checkpoint.read(tmp_path / "run" / "model.safetensors")[1]["unet.conv_in.weight"].float()
     first = checkpoint.read(base)[1]["unet.conv_in.weight"]
     assert float((kept - last).abs().max()) > 1e-4

@@ -9,8 +9,8 @@ from transformers import Dinov2WithRegistersModel as Registers
 
 from gendr.networks.unet import UNet, UNetConfig
 from train import losses
+from train.checkpointing import recompute_blocks
 from train.features import CELL, Aligned, DinoV2, FeaturesError, Projector, tokens
-from train.stage2 import scores
 
 SMALL = {
     "hidden_size": 16,
@@ -172,7 +172,7 @@ def test_the_tap_survives_gradient_checkpointing_and_copies():
 
     expected = gradients(network)
     twin = copy.deepcopy(network)
-    scores.recompute_blocks(twin.unet)
+    recompute_blocks(twin.unet)
     with torch.no_grad():
         network.unet.conv_in.weight.zero_()
     for found, value in zip(gradients(twin), expected, strict=True):

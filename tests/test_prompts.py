@@ -8,7 +8,7 @@ from test_embeddings import LENGTH, WIDTH, save_encoder
 
 from train import embeddings
 from train.data.pictures import Degradation, Pictures
-from train.data.stream import sample_generator
+from train.data.stream import Purpose, sample_generator
 from train.embeddings import NEGATIVE, POSITIVE
 from train.stage1 import prompts
 from train.stage1.prompts import Prompts, damage_in_words, from_encoder, random_prompts, with_terms
@@ -72,7 +72,7 @@ def test_refinement_says_terms_or_the_exported_prompt(encoder, fixed):
     # By the key alone, whatever else is in the batch.
     some = said.refined(["a dog"] * 3, ["low quality, blurred"] * 3, roles[30:33], keys[30:33])
     assert torch.allclose(some, found[30:33], atol=1e-6)
-    assert with_terms("", sample_generator(0, 0, 0)).count(", ") >= prompts.TERMS - 1
+    assert with_terms("", sample_generator(0, 0, Purpose.WORDS)).count(", ") >= prompts.TERMS - 1
 
 
 def test_damage_is_named_by_what_was_done():

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from train import cida, evaluate, recipe
-from train.run import TrainingError, write_text
+from train.atomic import write_text
+from train.run import TrainingError
 
 METRICS = ("psnr", "ssim", "sharp", "lr_psnr", "niqe")
 LABELS = {

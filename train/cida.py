@@ -17,13 +17,14 @@ says why). --preset paper_literal is the equation as printed, with a stop when t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -34,24 +35,21 @@ from gendr.files import checkpoint
 from gendr.model import GenDR
 from gendr.networks.onestep import Unfolded
 from gendr.restoration import NotFinite
-from train import losses, recipe
+from train import recipe
 from train.data.pictures import DataError, Degradation
 from train.data.stream import Batch, Stream
 from train.evaluation.testset import InputError
 from train.features import FeaturesError
 from train.pixels import enlarge
 from train.processes import Processes
-from train.recipe import SettingsError, setting
+from train.recipe import SettingsError
 from train.run import Average, Run, TrainingError
-from train.stage2 import step as iteration
 from train.stage2.networks import Networks
 from train.stage2.plan import plan
+from train.stage2.settings import FREE, Settings
 from train.stage2.step import Iteration, Sample
 from train.stage2.validation import Validation
 
-# May differ when a run is resumed: they change where things lie and what is shown, not the result.
-FREE = ("data", "base", "generator", "projector", "workers", "log_every", "save_every")
-FREE += ("validate_every", "validate", "originals", "micro_batch", "ema_on_cpu")
 # Pictures to validate on where no folder is given.
 HELD_OUT = 8
 # What ends a run with a sentence instead of a traceback.
@@ -59,78 +57,6 @@ ERRORS = (
     TrainingError, DataError, SettingsError, InputError, FeaturesError,
     checkpoint.CheckpointError, FileNotFoundError, ValueError,
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of a stage 2 run; the defaults are the paper's where it gives them."""
-
-    base: str = setting("", "GenDR checkpoint of the base: what stage 1 exports")
-    generator: str = setting("", "checkpoint that the generator begins from; empty = the base")
-    projector: str = setting("", "stage 1's projector.safetensors; empty = a new one")
-    data: tuple[str, ...] = setting((), "folders or tars of pictures, or one folder of ready pairs")
-    crop: int = setting(512, "pixels of the clean crop")
-    scale: int = setting(4, "how many times smaller the damaged copy is")
-    mix: str = setting("paper", "mixture of degradations, see train.data.degradations")
-    workers: int = setting(8, "processes that read and damage pictures")
-    steps: int = setting(50_000, "generator steps")
-    batch: int = setting(1024, "pictures per step, over all processes and micro-batches")
-    micro_batch: int = setting(16, "pictures at a time in one process")
-    seed: int = setting(0, "of data, noise and new weights")
-    lr: float = setting(1e-5, "learning rate of the generator")
-    lr_scores: float = setting(1e-5, "of both adapters")
-    lr_heads: float = setting(1e-5, "of the discriminator's heads")
-    schedule: Literal["constant_with_warmup", "cosine"] = setting(
-        "constant_with_warmup", "of the generator's learning rate"
-    )
-    warmup: int = setting(500, "steps of linear warm-up")
-    beta1: float = setting(0.9, "AdamW")
-    beta2: float = setting(0.999, "AdamW")
-    weight_decay: float = setting(1e-2, "of the generator; adapters and heads have none")
-    clip: float = setting(1.0, "largest gradient norm of each network")
-    ema: float = setting(0.999, "decay of the averaged weights; 0 = none")
-    ema_on_cpu: bool = setting(False, "keep the average in the CPU's memory")
-    rank: int = setting(64, "of the adapters")
-    alpha: float = setting(128.0, "of the adapters; their scale is alpha / rank")
-    target: losses.Target = setting("sr", "what Eq. 8 compares the real score with")
-    xi: float = setting(1.0, "share of |D|^2 that Eq. 9 takes off")
-    score_grad: losses.ScoreGrad = setting("both", "scores that the gradient passes")
-    reduction: losses.Reduction = setting("mean", "of products over a sample")
-    reference: losses.Reference = setting("hr", "what omega(t) measures the real score against")
-    kappa_real: float = setting(2.0, "guidance of the real score in the generator's loss")
-    kappa_fake: float = setting(2.0, "guidance of the fake score there")
-    lambda1: float = setting(10.0, "weight of the distillation, before step `late`")
-    lambda1_late: float = setting(1.0, "and from there on")
-    late: int = setting(10_000, "generator step at which lambda1 changes")
-    lambda2: float = setting(0.01, "weight of the adversarial term; 0 = no discriminator")
-    lambda3: float = setting(0.1, "weight of the alignment with DINOv2; 0 = none")
-    lambda_mse: float = setting(0.1, "weight of |z_g - z_h|^2, Eq. 6")
-    train_real: bool = setting(True, "let the real score follow the clean latents (CiD)")
-    weighting: losses.Weighting = setting("eps", "of the score losses; x0 = as printed in Eq. 7")
-    drop: float = setting(0.1, "share of empty prompts in the score losses")
-    score_steps: int = setting(1, "score steps per generator step, each on its own pictures")
-    first_step: int = setting(losses.FIRST_STEP, "smallest timestep drawn")
-    last_step: int = setting(losses.LAST_STEP, "largest timestep drawn")
-    heads: tuple[str, ...] = setting(("mid",), "where the discriminator looks: down0 ... mid")
-    head_width: int = setting(256, "channels inside a head")
-    clean_judge: bool = setting(False, "show the discriminator latents without noise")
-    encoder: str = setting("dinov2-b", "DINOv2 for the alignment: a name, hub id or folder")
-    precision: Literal["bf16", "fp32"] = setting("bf16", "autocast; weights in training stay fp32")
-    recompute: bool = setting(True, "gradient checkpointing: less memory, a third more time")
-    drift: float = setting(5.0, "stop when mean|z_g - z_h| is this many times what it was")
-    validate: str = setting("", "folder of damaged pictures to restore now and then")
-    originals: str = setting("", "folder of their originals, by name")
-    validate_every: int = setting(1000, "steps")
-    save_every: int = setting(500, "steps")
-    log_every: int = setting(10, "steps")
-    name: str = setting("GenDR", "written into the exported file")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.first_step <= self.last_step <= 999:
-            raise ValueError("first_step and last_step are timesteps: 0 <= first <= last <= 999")
-        if self.lambda3 and not self.encoder:
-            raise ValueError("lambda3 aligns with DINOv2: name an encoder, or set lambda3 to 0")
-        iteration.rules(self)
 
 
 class Training:
@@ -146,7 +72,7 @@ class Training:
             networks.heads,
             networks.prompt,
             networks.null,
-            iteration.rules(settings),
+            settings.rules,
             processes,
             seed=settings.seed,
             dtype=dtype,
@@ -260,7 +186,7 @@ class Training:
     def model(self) -> GenDR:
         """The restorer as it stands, in float32; holds the generator's own parameters."""
         n = self.networks
-        network = Unfolded(n.config, n.vae, n.generator.network, n.embeds())
+        network = Unfolded(n.config, n.vae, n.generator.unet, n.embeds())
         precision = Precision("fp32", torch.float32, torch.float32, "in training")
         return GenDR(network, header=n.header, precision=precision, device=self.processes.device)
 
@@ -278,7 +204,7 @@ class Training:
         """Validate, save and export with the averaged weights in place; the scores in words."""
         self.run.save_parts(step, **self.parts())
         text = ""
-        context = self.average.swapped() if self.average is not None else _nothing()
+        context = self.average.swapped() if self.average is not None else contextlib.nullcontext()
         with context, torch.no_grad():
             if validation is not None and self.run.writes:
                 try:
@@ -292,12 +218,6 @@ class Training:
             self.export(step)
         self.processes.wait()
         return text
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def train(settings: Settings, out: Path, device: str = "auto") -> Path:
@@ -318,8 +238,7 @@ def train(settings: Settings, out: Path, device: str = "auto") -> Path:
         world=processes.count,
     )
     config = {**dataclasses.asdict(settings), "base_sha256": networks.sha256}
-    run = Run(out, config, free=FREE, writes=processes.first)
-    run.alone = processes.count == 1
+    run = Run(out, config, free=FREE, processes=processes)
     run.catch_signals()
     training = Training(settings, networks, processes, run)
     first = run.load_parts(**training.parts())
@@ -330,24 +249,24 @@ def train(settings: Settings, out: Path, device: str = "auto") -> Path:
             "target hr without lambda_mse is Eq. 8 as printed: in closed form and in toys it drives "
             "z_g away from the data; the run stops by itself when it does"
         )
-    step = first
+    step = finished = first
     for step in run.steps(first, settings.steps, images=settings.batch):
         started = time.perf_counter()
         values = training.step(batches, step - 1)
-        # One process may have been asked to stop: all of them do, after the same step.
-        run.stop = processes.mean({"asked": float(run.asked)})["asked"] > 0
         if step % settings.log_every == 0 or step == 1:
             seconds = time.perf_counter() - started
             if processes.device.type == "cuda":
                 values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             values["lora"] = networks.adapter_size()
             run.log(step, **values, images_per_second=settings.batch / seconds, skipped=run.skipped)
-        last = step == settings.steps or run.stop
-        if step % settings.validate_every == 0 or last:
+        if step % settings.validate_every == 0 or step == settings.steps:
             run.say(f"step {step}: {training.finish(step, validation)}")
+            finished = step
         elif step % settings.save_every == 0:
             run.save_parts(step, **training.parts())
-    if step == first:
+    if step != finished:
+        run.say(f"step {step}: {training.finish(step, validation)}")
+    elif step == first:
         training.finish(step, None)
     return out / "model.safetensors"
 

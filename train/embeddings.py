@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from train.atomic import replacing
 
 FORMAT = "gendr-embeddings"
 NAMES = ("positive", "negative", "null")
@@ -182,9 +183,8 @@ def write(
         "pad": str(PAD),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(embeds, part, metadata=metadata)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(embeds, part, metadata=metadata)
 
 
 def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 
 from gendr.networks.unet import UNet
 
-# Names in recipes -> the hub's; widths are 384, 768, 1024 and 1536.
+# Names in recipes -> the hub's.
 ENCODERS = {
     "dinov2-s": "facebook/dinov2-small",
     "dinov2-b": "facebook/dinov2-base",
     "dinov2-l": "facebook/dinov2-large",
     "dinov2-g": "facebook/dinov2-giant",
+}
+# Their widths, and their numbers of parameters.
+ENCODER_SIZES = {
+    "dinov2-s": (384, 22_056_576),
+    "dinov2-b": (768, 86_580_480),
+    "dinov2-l": (1024, 304_368_640),
+    "dinov2-g": (1536, 1_136_480_768),
 }
 PATCH = 14
 # Pixels of the picture per token.
@@ -108,29 +115,33 @@ class Projector(nn.Sequential):
 
 
 class Aligned(nn.Module):
-    """A UNet with its projector: one module, so that wrappers for several processes see both.
+    """A UNet with its projector, if any: one module, so that wrappers for several processes see both.
 
     forward(z, t, context) -> (the UNet's output b c h w, projected tokens b n d of the first level
-    behind its downsampler, "after the first downsampling block"). The tap fires outside of blocks
-    that are recomputed, so gradient checkpointing does not disturb it.
+    behind its downsampler, "after the first downsampling block", or None without a projector). The
+    tap fires outside of blocks that are recomputed, so gradient checkpointing does not disturb it.
     """
 
-    def __init__(self, unet: UNet, projector: Projector):
+    def __init__(self, unet: UNet, projector: Projector | None = None):
         super().__init__()
+        self.unet, self.projector = unet, projector
+        self._tapped: Tensor | None = None
+        if projector is None:
+            return
         if not hasattr(unet.down_blocks[0], "downsamplers"):
             raise ValueError(
                 "REPA taps the UNet behind its first downsampler, and a UNet of one level has none"
             )
-        self.unet, self.projector = unet, projector
-        self._tapped: Tensor | None = None
         # A bound method, so that a copy of this module taps its own UNet.
         unet.down_blocks[0].register_forward_hook(self._tap)
 
     def _tap(self, level: nn.Module, inputs: Any, output: tuple[Tensor, list[Tensor]]) -> None:
         self._tapped = output[0]
 
-    def forward(self, z: Tensor, t: Tensor | int, context: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, t: Tensor | int, context: Tensor) -> tuple[Tensor, Tensor | None]:
         out = self.unet(z, t, context)
+        if self.projector is None:
+            return out, None
         # Not kept: it holds the graph.
         tapped, self._tapped = self._tapped, None
         return out, self.projector(tokens(tapped))

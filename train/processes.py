@@ -71,6 +71,10 @@ class Processes:
         for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad.copy_(part.view_as(p))
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        return flag if self.count == 1 else self.mean({"flag": float(flag)})["flag"] > 0
+
     @torch.no_grad()
     def mean(self, values: dict[str, Tensor | float]) -> dict[str, float]:
         """Numbers averaged over the processes."""

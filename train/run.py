@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,15 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from train.atomic import replacing, write_text
+from train.processes import Processes
+
 # A loss this many times its slow average, for this many steps, is a run that will not come back.
 DIVERGED_FACTOR, DIVERGED_STEPS = 5.0, 200
 
 
 class TrainingError(RuntimeError):
     """A run that can't go on; the message says why and what to change."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class Run:
@@ -50,17 +46,18 @@ class Run:
         config: dict[str, Any],
         *,
         free: tuple[str, ...] = (),
-        writes: bool = True,
+        processes: Processes | None = None,
     ):
-        """free: names of settings that may change on resuming (where data lies, how often to log)."""
-        self.folder, self.writes = Path(folder), writes
+        """free: names of settings that may change on resuming (where data lies, how often to log).
+
+        processes: of a run in several; None = this one alone.
+        """
+        self.folder, self.processes = Path(folder), processes
+        self.writes = processes is None or processes.first
         self.state_path = self.folder / "state.pt"
         self.average: float | None = None
         self.bad = self.skipped = 0
-        self.stop = self.asked = False
-        # Several processes must agree on the step after which they stop: a script sets this to
-        # False, makes `asked` common to all, and then sets `stop`.
-        self.alone = True
+        self.asked = False
         self.bar: tqdm | None = None
         config = json.loads(json.dumps(config))
         path = self.folder / "config.json"
@@ -72,7 +69,7 @@ class Run:
                     f"{self.folder} holds a run with another {', '.join(changed)}: give another "
                     "--out, or the run's own settings to resume it"
                 )
-        if writes:
+        if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
             self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
@@ -83,7 +80,6 @@ class Run:
 
         def handler(*_: Any) -> None:
             self.asked = True
-            self.stop = self.stop or self.alone
 
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, handler)
@@ -98,12 +94,8 @@ class Run:
         """Write the state atomically."""
         if not self.writes:
             return
-        temporary = self.state_path.with_name("state.pt.part")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.state_path)
+        with replacing(self.state_path, flush=True) as part:
+            torch.save(state, part)
 
     def save_parts(self, step: int, **parts: Any) -> None:
         """Save the states of everything that has a `state_dict`, by name."""
@@ -166,7 +158,11 @@ class Run:
         return finite
 
     def steps(self, first: int, last: int, *, images: int) -> Iterator[int]:
-        """Step numbers first+1..last behind a progress bar of images; a signal ends them early."""
+        """Step numbers first+1..last behind a progress bar of images.
+
+        Ends early, in all processes after the same step, when a signal has reached one of them: the
+        caller saves what it has after the loop.
+        """
         self.bar = tqdm(
             total=last * images,
             initial=first * images,
@@ -178,11 +174,15 @@ class Run:
             for step in range(first + 1, last + 1):
                 yield step
                 self.bar.update(images)
-                if self.stop:
+                if self.stopping():
                     return
         finally:
             self.bar.close()
             self.bar = None
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop; all of them ask together."""
+        return self.asked if self.processes is None else self.processes.any(self.asked)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -210,27 +210,21 @@ class Average:
         # diffusers copies what takes no gradient instead of averaging it.
         self.ema.step([p.detach().to(self.device).requires_grad_() for p in self.parameters])
 
-    def swapped(self) -> _Swapped:
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
         """Context in which the module holds the averaged weights."""
-        return _Swapped(self)
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         return self.ema.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ema.load_state_dict(state)
-
-
-class _Swapped:
-    def __init__(self, average: Average):
-        self.average = average
-
-    def __enter__(self) -> None:
-        self.average.ema.store(self.average.parameters)
-        self.average.ema.copy_to(self.average.parameters)
-
-    def __exit__(self, *_: object) -> None:
-        self.average.ema.restore(self.average.parameters)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

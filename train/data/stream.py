@@ -9,6 +9,7 @@ what one process sees in one go.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train import losses
+from gendr import schedule
 from train.data.pictures import DataError, Degradation, Order, Pictures
 from train.data.shards import Pairs
 
 # First key, and epoch, of samples that are only looked at: no run gets there.
 FIXED = 2**40
+
+
+class Purpose(IntEnum):
+    """What a sample's randomness is for: the same numbers must not be drawn for two things of a run.
+
+    A purpose's number decides what a seed yields, so it stays.
+    """
+
+    CROP = 0
+    FAKE = 1
+    REAL = 2
+    JUDGE = 3
+    PULL = 4
+    POSTERIOR = 5
+    ROLE = 6
+    WORDS = 7
+    DROP = 8
+    PREVIEW = 105
+    # Stage 1 has no scores.
+    NOISE = 1
 
 
 class Batch(NamedTuple):
@@ -45,7 +66,7 @@ class Draw(NamedTuple):
     drop: Tensor
 
 
-def sample_generator(seed: int, key: int, purpose: int) -> torch.Generator:
+def sample_generator(seed: int, key: int, purpose: Purpose) -> torch.Generator:
     """Randomness of one sample for one purpose."""
     # Large odd factors: near keys and purposes land far apart.
     mixed = (
@@ -59,9 +80,9 @@ def draw(
     shape: tuple[int, ...],
     *,
     seed: int,
-    purpose: int,
-    first: int = losses.FIRST_STEP,
-    last: int = losses.LAST_STEP,
+    purpose: Purpose,
+    first: int = 0,
+    last: int = schedule.STEPS - 1,
     drop: float = 0.0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -70,7 +91,7 @@ def draw(
     t, eps, dropped = [], [], []
     for key in keys:
         g = sample_generator(seed, key, purpose)
-        t.append(losses.timesteps(1, g, first=first, last=last))
+        t.append(torch.randint(first, last + 1, (1,), generator=g))
         eps.append(torch.randn(shape, generator=g, dtype=dtype))
         dropped.append(torch.rand(1, generator=g) < drop)
     return Draw(
@@ -78,6 +99,16 @@ def draw(
         torch.stack(eps).to(device),
         torch.cat(dropped)[:, None, None].to(device),
     )
+
+
+def accumulation(batch: int, micro: int, world: int) -> int:
+    """Micro-batches of a batch in each process; ValueError where they don't divide."""
+    if batch % (micro * world):
+        raise ValueError(
+            f"a batch of {batch} is not a multiple of {world} processes x {micro} pictures: change "
+            "batch or micro_batch"
+        )
+    return batch // (micro * world)
 
 
 class Stream:
@@ -100,11 +131,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
     ):
-        if batch % (micro * world):
-            raise ValueError(
-                f"a batch of {batch} is not a multiple of {world} processes x {micro} pictures: "
-                "change batch or micro_batch"
-            )
+        self.accumulation = accumulation(batch, micro, world)
         self.batch, self.micro, self.crop, self.seed = batch, micro, crop, seed
         self.rank, self.world, self.workers = rank, world, workers
         sources = (source,) if isinstance(source, str | Path) else tuple(source)
@@ -119,11 +146,6 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.pairs if self.pairs is not None else self.pictures)
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of a batch in each process."""
-        return self.batch // (self.micro * self.world)
 
     def batches(self, start: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches of batch start, start + 1, ..., without an end."""
@@ -155,7 +177,8 @@ class Stream:
     def _from_pairs(self, keys_of_batches: Iterable[list[int]]) -> Iterator[Batch]:
         for keys in keys_of_batches:
             items = [
-                self.pairs.batch(sample_generator(self.seed, key, 0), 1, self.crop) for key in keys
+                self.pairs.batch(sample_generator(self.seed, key, Purpose.CROP), 1, self.crop)
+                for key in keys
             ]
             hr, lr = (torch.cat([item[part] for item in items]) for part in ("hr", "lr"))
             yield Batch(hr, lr, [""] * len(keys), keys)

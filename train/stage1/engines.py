@@ -45,14 +45,13 @@ class Plain:
         self.optimizer = torch.optim.AdamW(denoiser.parameters(), **options)
 
     def take(
-        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float, stop: bool
+        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float
     ) -> Taken:
         """One step of `count` micro-batches; none where a loss or gradient isn't finite."""
         trained = [p for p in self.denoiser.parameters() if p.requires_grad]
         values = objective.gradients(self.denoiser, samples, count)
         self.processes.average(trained)
-        # A signal may have reached one process only; all must stop after the same step.
-        means = self.processes.mean({**values, "stop": float(stop)})
+        means = self.processes.mean(values)
         norm = nn.utils.clip_grad_norm_(trained, self.clip)
         taken = Taken(means, float(norm))
         for group in self.optimizer.param_groups:
@@ -100,7 +99,7 @@ class DeepSpeed:
         self.engine, self.optimizer = a.prepare(denoiser, optimizer)
 
     def take(
-        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float, stop: bool
+        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float
     ) -> Taken:
         """One step of `count` micro-batches. TrainingError where a loss isn't finite."""
         for group in self.optimizer.param_groups:
@@ -118,7 +117,7 @@ class DeepSpeed:
                 self.accelerator.backward(loss)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value / count
-        means = self.processes.mean({**sums, "stop": float(stop)})
+        means = self.processes.mean(sums)
         return Taken(means, float(self.engine.get_global_grad_norm() or 0.0))
 
     def save(self, run: Run, step: int, **parts: Any) -> None:

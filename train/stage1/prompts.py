@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from train import embeddings
-from train.data.stream import sample_generator
+from train.data.stream import Purpose, sample_generator
 from train.embeddings import NAMES, NEGATIVE, POSITIVE, TextEncoder
 
 Role = Literal["positive", "negative", "null"]
-# Purpose of the randomness here, see train.data.stream.
-WORDS = 7
 # Quality terms behind a caption; all of them would leave it no room in 77 tokens.
 TERMS = 4
 # Share of refinement samples that see the fixed prompt as it is exported instead of a caption or of
@@ -128,7 +126,7 @@ class Prompts:
             return found
         rows, texts = [], []
         for n, (role, key) in enumerate(zip(roles, keys, strict=True)):
-            g = sample_generator(self.seed, key, WORDS)
+            g = sample_generator(self.seed, key, Purpose.WORDS)
             if role == "null" or float(torch.rand(1, generator=g)) < FIXED:
                 continue
             text = damage[n] if role == "negative" else with_terms(captions[n], g)

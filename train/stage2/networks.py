@@ -17,10 +17,12 @@ from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet
 from gendr.networks.vae import VAE
 from train import layers
+from train.checkpointing import recompute_blocks
 from train.features import DinoV2, Projector
 from train.stage2.discriminator import Discriminator
-from train.stage2.scores import Adapter, Scores, recompute_blocks
-from train.stage2.step import Generator, rules
+from train.stage2.scores import Adapter, Scores
+from train.stage2.settings import Settings
+from train.stage2.step import Generator
 
 
 class AdapterState:
@@ -98,9 +100,9 @@ class Networks:
         self.null = None if null is None else null.to(device)
 
     @classmethod
-    def load(cls, settings: Any, device: torch.device) -> Networks:
+    def load(cls, settings: Settings, device: torch.device) -> Networks:
         """By the settings of train.cida. CheckpointError or ValueError name what doesn't fit."""
-        s, need = settings, rules(settings)
+        s, need = settings, settings.rules
         base = Source.read(s.base, "base")
         start = Source.read(s.generator, "generator") if s.generator else base
         check(s, base, start)
@@ -124,8 +126,8 @@ class Networks:
             unet = base.network(operations).to(device, torch.bfloat16 if bf16 else torch.float32)
             scores = Scores(
                 unet,
-                rank=s.rank,
-                alpha=s.alpha,
+                lora_rank=s.lora_rank,
+                lora_alpha=s.lora_alpha,
                 prediction=base.config.prediction_type,
                 recompute=s.recompute,
             ).to(device)
@@ -160,9 +162,9 @@ class Networks:
         return self.start_embeds
 
 
-def check(settings: Any, base: Source, start: Source) -> None:
+def check(settings: Settings, base: Source, start: Source) -> None:
     """Whether base and generator belong together, and hold what the settings need."""
-    s, need = settings, rules(settings)
+    s, need = settings, settings.rules
     a, b = base.config, start.config
     same = a.vae == b.vae and all(
         torch.equal(base.vae[k], start.vae.get(k, torch.empty(0)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from gendr.model import GenDR
 from train.evaluation import metrics, testset
 from train.evaluation.methods import read_rgb, rgb8
+from train.sheets import eight_bit, write_sheet
 
 # Pictures on a sheet, and what is shown of each, pixels.
 SHOWN, SIDE = 6, 320
@@ -37,7 +37,7 @@ class Validation:
     @classmethod
     def from_batch(cls, lr: Tensor, hr: Tensor) -> Validation:
         """Of training pictures, b 3 h w in [-1, 1]."""
-        return cls(*([rgb8((p[None] + 1) / 2) for p in batch] for batch in (lr, hr)))
+        return cls(eight_bit(lr), eight_bit(hr))
 
     def scores(self, model: GenDR, sheet: Path | None = None) -> dict[str, float]:
         """Means over the pictures of psnr, ssim, sharp (against the original) and lr_psnr.
@@ -61,18 +61,5 @@ class Validation:
                 enlarged = Image.fromarray(damaged).resize(size, Image.Resampling.BICUBIC)
                 columns.append([np.asarray(enlarged), result, clean])
         if sheet:
-            write_sheet(sheet, columns)
+            write_sheet(sheet, list(zip(*columns, strict=True)), side=SIDE)
         return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def write_sheet(path: Path, columns: list[list[np.ndarray | None]]) -> None:
-    """Pictures uint8 h w 3 as a PNG, a list per column; their top-left parts, written atomically."""
-    pictures = [p for column in columns for p in column if p is not None]
-    height, width = (min(SIDE, *(p.shape[axis] for p in pictures)) for axis in (0, 1))
-    rows = []
-    for line in zip(*columns, strict=True):
-        blank = np.full((height, width, 3), 128, np.uint8)
-        rows.append(np.concatenate([blank if p is None else p[:height, :width] for p in line], 1))
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
-    os.replace(part, path)
