@@ -73,7 +73,7 @@ def words(latent, data, out, **more):
         "base": latent, "vae": latent, "prompts": "random", "data": data, "phases": "full",
         "sizes": 32, "steps": 3, "micro_batch": 2, "batch": 4, "lr": 1e-3, "warmup": 2,
         "lambda_repa": 0.0, "ema": 0.9, "precision": "fp32", "workers": 0, "samples": 2,
-        "validate_every": 100, "save_every": 1, "log_every": 1, **more,
+        "validate_every": 100, "save_every": 1, "log_every": 1, "codecs": "present", **more,
     }  # fmt: skip
     found = ["--out", str(out), "--device", "cpu", "--no-recompute"]
     for name, value in options.items():

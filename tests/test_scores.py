@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from gendr import schedule
 from gendr.files import layouts
 from gendr.networks.unet import SD21_16, UNet, UNetConfig
-from train import losses
+from train import checkpointing, losses
 from train.checkpointing import recompute_blocks
-from train.stage2 import discriminator, scores
+from train.stage2 import discriminator
 from train.stage2.discriminator import Discriminator
 from train.stage2.scores import ADAPTERS, Scores, frozen
 
@@ -122,7 +122,7 @@ def test_adapters_of_the_full_network_have_the_published_size():
 
 
 def all_heads(config):
-    return Discriminator(config, at=tuple(discriminator.places(config))).heads
+    return Discriminator(config, at=tuple(discriminator.places(config)), width=256).heads
 
 
 def test_only_adapters_learn(shared):
@@ -366,7 +366,7 @@ def test_22_blocks_really_are_recomputed(monkeypatch):
         calls.append(args[0])
         return checkpoint(*args, **options)
 
-    monkeypatch.setattr(scores, "checkpoint", counted)
+    monkeypatch.setattr(checkpointing, "checkpoint", counted)
     found, x = make(recompute=True), inputs()
     with torch.no_grad():
         found(x["z_g"], x["t"], x["prompt"], "real")

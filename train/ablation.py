@@ -32,6 +32,8 @@ LABELS = {
     "sid": "SiD",
     "cid": "CiD",
     "cida": "CiDA",
+    "cida_mse_1": "CiDA, lambda1 10, mse 1",
+    "cida_mse_01": "CiDA, lambda1 10, mse .1",
     "paper_literal": "Eqs. 8-11 as printed",
 }
 

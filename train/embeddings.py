@@ -163,6 +163,13 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(raw.tobytes()).hexdigest()
 
 
+@torch.no_grad()
+def encode_all(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """Texts in one batch, too long ones cut without a word: b m d in float32, on the model's device."""
+    ids = torch.cat([tokenize(encoder, text, quiet=True)[0] for text in texts])
+    return encoder.model(ids.to(encoder.model.device)).last_hidden_state.float()
+
+
 def write(
     path: Path | str,
     embeds: dict[str, Tensor],

@@ -7,6 +7,7 @@ one, and nothing is interpolated.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,10 +63,13 @@ class DinoV2(nn.Module):
 
     @classmethod
     def load(cls, name: str = "dinov2-b", **options: Any) -> DinoV2:
-        """By a name of `ENCODERS`, a hub id or a folder; FeaturesError where it can't be had.
+        """By a name of `ENCODERS`, a hub id, a folder, or a file of torch.hub's; FeaturesError where it
+        can't be had.
 
         options: of transformers' `from_pretrained`, such as revision and local_files_only.
         """
+        if Path(name).is_file():
+            return cls(from_torch_hub(Path(name)))
         # Here, because it takes seconds and most users of this module don't load an encoder.
         from transformers import AutoModel
 
@@ -95,6 +99,87 @@ class DinoV2(nn.Module):
         out = self.model(x.to(next(self.model.parameters()).dtype)).last_hidden_state
         # The class token, and registers where there are any, stand in front.
         return out[:, 1 + getattr(self.model.config, "num_register_tokens", 0) :]
+
+
+# What the authors' own files (torch.hub's dinov2_vitb14_pretrain.pth and its kin) call what
+# transformers has under other names.
+HUB_NAMES = (
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("cls_token", "embeddings.cls_token"),
+    ("mask_token", "embeddings.mask_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("register_tokens", "embeddings.register_tokens"),
+    ("blocks.", "encoder.layer."),
+    ("norm.", "layernorm."),
+)
+HUB_LAYER = (
+    (".attn.proj.", ".attention.output.dense."),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+    (".mlp.w12.", ".mlp.weights_in."),
+    (".mlp.w3.", ".mlp.weights_out."),
+)
+HEAD = 64  # channels of a head of attention, the same in all sizes
+
+
+def from_torch_hub(path: Path) -> nn.Module:
+    """A `transformers.Dinov2Model` with the weights of a file of torch.hub's, whose size it tells.
+
+    FeaturesError where the file is something else.
+    """
+    from transformers import (
+        Dinov2Config,
+        Dinov2Model,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+    )
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        patch, places = state["patch_embed.proj.weight"], state["pos_embed"]
+        width = patch.shape[0]
+        layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        gated = "blocks.0.mlp.w12.weight" in state
+        inner = None if gated else state["blocks.0.mlp.fc1.weight"].shape[0] // width
+    except Exception as error:  # a pickle fails in many ways
+        raise FeaturesError(
+            f"{path.name} is no DINOv2 of torch.hub's (dinov2_vitb14_pretrain.pth and its kin): give "
+            f"one, a folder, or a name of {', '.join(ENCODERS)} ({error})"
+        ) from error
+    config: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD,
+        "mlp_ratio": inner or 4,
+        "use_swiglu_ffn": gated,
+        "patch_size": patch.shape[-1],
+        "image_size": round((places.shape[1] - 1) ** 0.5) * patch.shape[-1],
+    }
+    if "register_tokens" in state:
+        count = state["register_tokens"].shape[1]
+        model: nn.Module = Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(**config, num_register_tokens=count)
+        )
+    else:
+        model = Dinov2Model(Dinov2Config(**config))
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        old, new = next(((o, n) for o, n in HUB_NAMES if name.startswith(o)), ("", ""))
+        name = new + name.removeprefix(old)
+        for old, new in HUB_LAYER:
+            name = name.replace(old, new)
+        if ".attn.qkv." in name:
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = piece
+        else:
+            renamed[name] = tensor
+    try:
+        model.load_state_dict(renamed)
+    except RuntimeError as error:
+        raise FeaturesError(
+            f"{path.name} is no DINOv2 as published ({str(error).splitlines()[1].strip()})"
+        ) from error
+    return model
 
 
 class Projector(nn.Sequential):

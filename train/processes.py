@@ -8,15 +8,21 @@ whole batch, so that several processes take the very step that one would.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
+T = TypeVar("T")
 # Gradients travel together in pieces of this many numbers; one by one they'd wait for each other.
 BUCKET = 32 * 2**20
+
+
+class TrainingError(RuntimeError):
+    """A run that can't go on; the message says why and what to change."""
 
 
 class Processes:
@@ -38,6 +44,27 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         self.accelerator.wait_for_everyone()
+
+    def alone(self, work: Callable[[], T]) -> T | None:
+        """Do something in the first process alone; all of them call this, and wait for it.
+
+        What it raises there ends all of them, as TrainingError in the others: one that went on alone
+        would wait for the first one for ever.
+        """
+        result, error = None, None
+        if self.first:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        if self.count > 1:
+            said = [None if error is None else f"{error or type(error).__name__}"]
+            broadcast_object_list(said)
+            if error is None and said[0] is not None:
+                raise TrainingError(f"the first process stopped: {said[0]}")
+        if error is not None:
+            raise error
+        return result
 
     @torch.no_grad()
     def same(self, *modules: nn.Module) -> None:

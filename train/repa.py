@@ -23,7 +23,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ from gendr.files import checkpoint
 from gendr.networks.onestep import Unfolded
 from train import recipe
 from train.atomic import replacing
-from train.data.pictures import DataError, Degradation
-from train.data.stream import Batch, Stream
+from train.data.index import DataError, Sources, cache_folder, find
+from train.data.pictures import Degradation
+from train.data.stream import Batch, Stream, codec_shares, ready_pairs
 from train.embeddings import EmbeddingsError
 from train.features import FeaturesError
 from train.processes import Processes
 from train.recipe import SettingsError
-from train.run import Average, Run, TrainingError
+from train.run import Average, Meter, Run, TrainingError, numbered, rate
 from train.stage1.engines import DeepSpeed, Plain, by_deepspeed
 from train.stage1.networks import Foundation
 from train.stage1.plan import plan
@@ -62,7 +63,9 @@ class Training:
         s, phases = settings, settings.plan()
         # Before DeepSpeed cuts the optimiser's state into pieces.
         place = "cpu" if s.ema_on_cpu else None
-        self.average = Average(foundation.denoiser, s.ema, device=place) if s.ema else None
+        self.average = None
+        if s.ema:
+            self.average = Average(foundation.denoiser, s.ema, device=place, every=s.ema_every)
         options = {
             "lr": phases[0].lr, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay,
         }  # fmt: skip
@@ -96,12 +99,17 @@ class Training:
         # In refinement the share is drawn with the picture, so that workers damage no others.
         share = DAMAGED if phase.refine else None
         stream = self.stream(s.data, phase, share)
-        self.batches = stream.batches(number)
-        if self.run.writes:
-            look = self.stream((s.validate,) if s.validate else s.data, phase, 1.0)
-            self.preview = Preview(self.foundation, look.fixed(s.samples))
+        self.batches, self.meter = stream.batches(number), Meter(stream)
+        self.preview = self.run.alone(lambda: self.look(phase))
+
+    def look(self, phase: Phase) -> Preview:
+        """The pictures that a phase is looked at by."""
+        s = self.settings
+        data = (s.validate,) if s.validate else s.data
+        return Preview(self.foundation, self.stream(data, phase, 1.0).fixed(s.samples))
 
     def stream(self, data: tuple[str, ...], phase: Phase, share: float | None) -> Stream:
+        """share: of the pictures that get a damaged copy; None = none does, nor is one needed."""
         s = self.settings
         damage = None if share is None else Degradation("mixed", s.mix, s.scale, share)
         return Stream(
@@ -114,6 +122,10 @@ class Training:
             workers=s.workers,
             rank=self.processes.index,
             world=self.processes.count,
+            span=s.span or None,
+            weights=s.weights if data == s.data else (),
+            device=self.processes.device,
+            cache=cache_folder(),
         )
 
     def step(self, number: int) -> dict[str, float]:
@@ -124,14 +136,18 @@ class Training:
                 self.enter(phase, number)
         micro = next(self.batches)
         samples = (objective.sample(b, refine=self.phase.refine) for b in micro)
-        rate = s.rate(self.phase, number)
-        taken = self.engine.take(objective, samples, len(micro), rate)
+        phase = self.phase
+        lr = rate(
+            phase.lr, number - phase.first, kind="constant_with_warmup", warmup=s.warmup,
+            steps=phase.last - phase.first,
+        )  # fmt: skip
+        taken = self.engine.take(objective, samples, len(micro), lr)
         values = objective.halves(taken.values)
         # Not the whole loss: the alignment is negative, and a sum near zero has no scale.
         self.run.accept(values["diffusion"] if taken.finite else float("nan"))
         if taken.finite and self.average is not None:
             self.average.update()
-        return {**values, "gradient": taken.norm, "lr": rate}
+        return {**values, "gradient": taken.norm, "lr": lr}
 
     # ---- what it yields ----
 
@@ -142,16 +158,20 @@ class Training:
     def finish(self, step: int, *, look: bool) -> str:
         """Save, and with the averaged weights look and export; what was seen, in words."""
         self.engine.save(self.run, step, **self.parts())
+        return self.run.alone(lambda: self._finish(step, look=look)) or ""
+
+    @torch.no_grad()
+    def _finish(self, step: int, *, look: bool) -> str:
         text = ""
-        if self.run.writes:
-            with self.averaged(), torch.no_grad():
-                if look and self.preview is not None:
-                    values, sheets = self.preview.look(self.run.folder)
-                    self.run.show(step, *sheets)
-                    self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
-                    text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
-                self.export(step)
-        self.processes.wait()
+        with self.averaged():
+            if look and self.preview is not None:
+                values, sheets = self.preview.look(self.run.folder)
+                for sheet in sheets:
+                    numbered(sheet, self.run.folder / "sheets", step)
+                self.run.show(step, *sheets)
+                self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
+                text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+            self.export(step)
         return text
 
     def export(self, step: int) -> None:
@@ -175,6 +195,8 @@ class Training:
             copy = folder / f"model-{n}-{phase.kind}-{phase.size}.safetensors"
             with replacing(copy) as part:
                 shutil.copyfile(path, part)
+        if s.export_every and step and step % s.export_every == 0:
+            numbered(path, folder / "models", step)
         if f.denoiser.projector is not None:
             state = {k: v.detach().cpu() for k, v in f.denoiser.projector.state_dict().items()}
             with replacing(folder / "projector.safetensors") as part:
@@ -194,17 +216,51 @@ def adapted(denoiser: nn.Module) -> set[int]:
     return {id(p) for m in modules for p in m.parameters()}
 
 
-def train(settings: Settings, out: Path, device: str = "auto") -> Path:
-    """Run or resume; the exported file. TrainingError, DataError and others say why they stop it."""
+def check_captions(settings: Settings) -> str:
+    """A sentence about captions that are missing; SettingsError where too many are."""
+    if settings.prompts != "captions" or ready_pairs(settings.data):
+        return ""
+    found = Sources([find(source, cache_folder()) for source in settings.data])
+    count, have = len(found), found.captioned()
+    share = have / max(1, count)
+    if share < settings.captioned:
+        raise SettingsError(
+            f"{have:,} of {count:,} pictures have a caption ({100 * share:.0f} %), and the run takes its "
+            "prompts from them: add captions (NAME.txt beside each, or lines of a .jsonl), give "
+            "--prompts a file of train.embeddings, or lower --captioned, and the others will be told "
+            "quality terms"
+        )
+    if have == count:
+        return ""
+    return f"{count - have:,} of {count:,} pictures have no caption: they are told quality terms"
+
+
+def train(
+    settings: Settings,
+    out: Path,
+    device: str = "auto",
+    *,
+    state: Path | None = None,
+    accept: Sequence[str] = (),
+) -> Path:
+    """Run or resume; the exported file. TrainingError, DataError and others say why they stop it.
+
+    state: to go on from, if not the last one; accept: settings that may differ from the run's own.
+    """
     processes = Processes(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    shares = codec_shares(settings.data, settings.mix, settings.codecs) if settings.refines else {}
+    captions = check_captions(settings)
     foundation = Foundation.load(settings, processes.device)
     processes.same(foundation.denoiser)
-    config = {**dataclasses.asdict(settings), "sources": foundation.facts}
-    run = Run(out, config, free=(*FREE, "sources"), processes=processes)
+    facts = {"sources": foundation.facts, "codec_shares": shares}
+    config = {**dataclasses.asdict(settings), **facts}
+    run = Run(out, config, free=(*FREE, "sources"), accept=accept, processes=processes)
     run.catch_signals()
     training = Training(settings, foundation, processes, run)
-    first = training.engine.load(run, **training.parts())
+    first = training.engine.load(run, state, **training.parts())
+    if captions:
+        run.say(captions)
     last = settings.plan()[-1].last
     ends = {p.last for p in settings.plan()}
     step = finished = first
@@ -217,11 +273,13 @@ def train(settings: Settings, out: Path, device: str = "auto") -> Path:
             seconds = time.perf_counter() - started
             if processes.device.type == "cuda":
                 values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["waiting"] = training.meter.share()
             run.log(step, **values, images_per_second=settings.batch / seconds, skipped=run.skipped)
-        if step % settings.validate_every == 0 or step in ends:
+        numbers = [n for n in (settings.validate_every, settings.export_every) if n]
+        if step in ends or any(step % n == 0 for n in numbers):
             run.say(f"step {step}: {training.finish(step, look=True)}")
             finished = step
-        elif step % settings.save_every == 0:
+        elif run.due(step, settings.save_every, settings.save_minutes):
             training.engine.save(run, step, **training.parts())
     if step != finished:
         run.say(f"step {step}: {training.finish(step, look=True)}")
@@ -236,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
         if chosen.dry_run:
             print(plan(chosen.settings))
             return 0
-        print(train(chosen.settings, chosen.out, chosen.device))
+        more = {"state": chosen.state, "accept": chosen.accept}
+        print(train(chosen.settings, chosen.out, chosen.device, **more))
     except (
         TrainingError, DataError, SettingsError, FeaturesError, EmbeddingsError,
         checkpoint.CheckpointError, FileNotFoundError, ValueError,

@@ -151,14 +151,41 @@ def resize(
     return F.interpolate(x[None], size=size, mode=mode, align_corners=False, antialias=antialias)[0]
 
 
+# Where each kind compresses, by the name of its record.
+TABLES: dict[str, dict[str, tuple[Codec, ...]]] = {
+    "realesrgan": {"realesrgan_last": REALESRGAN.codecs},
+    "apisr": {"apisr_first": APISR.stages[0].codecs, "apisr_last": APISR.codecs},
+    "mild": {"mild": MILD.codecs},
+    "clean": {},
+}
+
+
 def report() -> dict:
-    """What a run's configuration should record: codecs found and the probabilities in force."""
+    """Codecs found and the probabilities in force."""
     return {
         "codecs": available(),
         "realesrgan_last": shares(REALESRGAN.codecs),
         "apisr_first": shares(APISR.stages[0].codecs),
         "apisr_last": shares(APISR.codecs),
     }
+
+
+def codec_shares(mix: str) -> dict[str, dict[str, float]]:
+    """Probabilities of the codecs of a mix as they are here, by where they compress."""
+    return {name: shares(table) for name, table in _tables(mix).items()}
+
+
+def missing(mix: str) -> list[str]:
+    """Codecs that a mix names and that don't work here."""
+    works = available()
+    named = {codec.name for table in _tables(mix).values() for codec in table}
+    return sorted(name for name in named if not works[name])
+
+
+def _tables(mix: str) -> dict[str, tuple[Codec, ...]]:
+    if mix not in MIXES:
+        raise ValueError(f"unknown mix {mix!r}: use one of {', '.join(MIXES)}")
+    return {k: v for kind in MIXES[mix] for k, v in TABLES[kind].items()}
 
 
 def _randomly_resized(

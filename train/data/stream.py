@@ -8,16 +8,18 @@ what one process sees in one go.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gendr import schedule
+from train.data import degradations
 from train.data.pictures import DataError, Degradation, Order, Pictures
 from train.data.shards import Pairs
 
@@ -47,6 +49,8 @@ class Purpose(IntEnum):
 
 class Batch(NamedTuple):
     """Pictures in [-1, 1]: hr b 3 s s, lr b 3 s/scale s/scale (None without), captions, keys.
+
+    All tensors are on the device that the stream was given.
 
     damage: steps that made each lr; empty for those without a damaged copy, and of ready pairs.
     """
@@ -101,6 +105,31 @@ def draw(
     )
 
 
+def ready_pairs(sources: Sequence[str | Path]) -> bool:
+    """Whether the data are one folder that train.pairs made."""
+    return len(sources) == 1 and any(Path(sources[0]).glob("*.hr.npy"))
+
+
+def codec_shares(
+    sources: Sequence[str | Path], mix: str, codecs: Literal["all", "present"]
+) -> dict[str, dict[str, float]]:
+    """Probabilities of the codecs that will damage these pictures, for the run's record; none for
+    ready pairs, which have been damaged.
+
+    DataError where one of the mix is missing here and `codecs` is "all".
+    """
+    if not sources or ready_pairs(sources):
+        return {}
+    missing = degradations.missing(mix)
+    if missing and codecs == "all":
+        raise DataError(
+            f"the degradations {mix} need {', '.join(missing)}, which don't work here: install PyAV "
+            "(pip install av) and a Pillow with them, or give --codecs present, which gives their "
+            "shares to the others"
+        )
+    return degradations.codec_shares(mix)
+
+
 def accumulation(batch: int, micro: int, world: int) -> int:
     """Micro-batches of a batch in each process; ValueError where they don't divide."""
     if batch % (micro * world):
@@ -130,19 +159,29 @@ class Stream:
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
+        span: float | None = None,
+        weights: Sequence[float] = (),
+        device: torch.device | str = "cpu",
+        cache: Path | None = None,
     ):
+        """span, cache: of `Pictures`; weights: chance of each source, by their sizes if empty."""
         self.accumulation = accumulation(batch, micro, world)
         self.batch, self.micro, self.crop, self.seed = batch, micro, crop, seed
         self.rank, self.world, self.workers = rank, world, workers
+        self.weights, self.device = weights, torch.device(device)
+        # Seconds that somebody waited for a batch here, so far.
+        self.waited = 0.0
         sources = (source,) if isinstance(source, str | Path) else tuple(source)
         self.pairs: Pairs | None = None
         self.pictures: Pictures | None = None
-        if len(sources) == 1 and any(Path(sources[0]).glob("*.hr.npy")):
-            self.pairs = Pairs(sources[0], ("hr", "lr"))
-        elif sources:
-            self.pictures = Pictures(sources, crop=crop, degradation=degradation, seed=seed)
-        else:
+        if not sources:
             raise DataError("no pictures: name folders, tar shards or ready pairs as data")
+        if ready_pairs(sources):
+            self.pairs = Pairs(sources[0], ("hr", "lr"))
+        else:
+            self.pictures = Pictures(
+                sources, crop=crop, degradation=degradation, seed=seed, span=span, cache=cache
+            )
 
     def __len__(self) -> int:
         return len(self.pairs if self.pairs is not None else self.pictures)
@@ -154,7 +193,10 @@ class Stream:
         else:
             found = self._from_pictures(start)
         while True:
-            yield [next(found) for _ in range(self.accumulation)]
+            began = time.perf_counter()
+            batch = [next(found) for _ in range(self.accumulation)]
+            self.waited += time.perf_counter() - began
+            yield batch
 
     def fixed(self, count: int) -> Batch:
         """Samples to look at while a run goes on, the same every time: crops that no step draws."""
@@ -166,7 +208,7 @@ class Stream:
         parts = {k: torch.stack([item[k] for item in items]) for k in ("hr", "lr") if k in items[0]}
         captions = [item["caption"] for item in items]
         damage = [item.get("damage", "") for item in items]
-        return Batch(scaled(parts["hr"]), scaled(parts.get("lr")), captions, keys, damage)
+        return Batch(self.scaled(parts["hr"]), self.scaled(parts.get("lr")), captions, keys, damage)
 
     def _keys(self, start: int) -> Iterator[list[int]]:
         at = start * self.batch + self.rank
@@ -181,7 +223,7 @@ class Stream:
                 for key in keys
             ]
             hr, lr = (torch.cat([item[part] for item in items]) for part in ("hr", "lr"))
-            yield Batch(hr, lr, [""] * len(keys), keys)
+            yield Batch(hr.to(self.device), lr.to(self.device), [""] * len(keys), keys)
 
     def _from_pictures(self, start: int) -> Iterator[Batch]:
         order = Order(
@@ -190,14 +232,23 @@ class Stream:
             start=start * self.batch,
             rank=self.rank,
             world=self.world,
+            sizes=self.pictures.entries.sizes,
+            weights=self.weights,
         )
-        loader = DataLoader(self.pictures, self.micro, sampler=order, num_workers=self.workers)
+        loader = DataLoader(
+            self.pictures,
+            self.micro,
+            sampler=order,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
         for keys, item in zip(self._keys(start), self.pictures.watch(loader), strict=False):
-            hr, lr = (scaled(item.get(part)) for part in ("hr", "lr"))
+            hr, lr = (self.scaled(item.get(part)) for part in ("hr", "lr"))
             damage = list(item.get("damage", [""] * len(keys)))
             yield Batch(hr, lr, list(item["caption"]), keys, damage)
 
-
-def scaled(pixels: Tensor | None) -> Tensor | None:
-    """0..255 -> [-1, 1]."""
-    return None if pixels is None else pixels.float().div(127.5).sub(1)
+    def scaled(self, pixels: Tensor | None) -> Tensor | None:
+        """0..255 -> [-1, 1], on the device: a quarter of the bytes travel."""
+        if pixels is None:
+            return None
+        return pixels.to(self.device, non_blocking=True).float().div(127.5).sub(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,9 @@ class Plain:
         self, denoiser: Denoiser, options: dict[str, Any], clip: float, processes: Processes
     ):
         self.denoiser, self.clip, self.processes = denoiser, clip, processes
-        self.optimizer = torch.optim.AdamW(denoiser.parameters(), **options)
+        self.optimizer = torch.optim.AdamW(
+            denoiser.parameters(), fused=processes.device.type == "cuda", **options
+        )
 
     def take(
         self, objective: Objective, samples: Iterable[Sample], count: int, rate: float
@@ -65,9 +68,9 @@ class Plain:
         """Write the run's state."""
         run.save_parts(step, network=self.denoiser, optimizer=self.optimizer, **parts)
 
-    def load(self, run: Run, **parts: Any) -> int:
-        """Put back the last complete state; the step it was saved at."""
-        return run.load_parts(network=self.denoiser, optimizer=self.optimizer, **parts)
+    def load(self, run: Run, path: Path | None, **parts: Any) -> int:
+        """Put back the last complete state, or a file's; the step it was saved at."""
+        return run.load_parts(path, network=self.denoiser, optimizer=self.optimizer, **parts)
 
 
 class DeepSpeed:
@@ -125,15 +128,27 @@ class DeepSpeed:
         folder = run.folder / f"deepspeed-{step}"
         self.engine.save_checkpoint(str(folder), tag="state")
         run.save_parts(step, **parts)
-        self.processes.wait()
-        if run.writes:
-            for old in run.folder.glob("deepspeed-*"):
-                if old != folder:
-                    shutil.rmtree(old)
 
-    def load(self, run: Run, **parts: Any) -> int:
-        """Put back the last complete state; the step it was saved at."""
-        step = run.load_parts(**parts)
+        def tidy() -> None:
+            # The newest two, as there are two states.
+            found = sorted(run.folder.glob("deepspeed-*"), key=lambda f: int(f.name.split("-")[1]))
+            for old in found[:-2]:
+                shutil.rmtree(old)
+
+        run.alone(tidy)
+
+    def load(self, run: Run, path: Path | None, **parts: Any) -> int:
+        """Put back the last complete state, or a file's; the step it was saved at.
+
+        TrainingError where it was saved by another number of processes.
+        """
+        step = run.load_parts(path, **parts)
+        if step and run.saved_with != self.processes.count:
+            raise TrainingError(
+                f"the state was saved by {run.saved_with} processes and this run has "
+                f"{self.processes.count}: DeepSpeed's states belong to their number; launch as many, "
+                "or begin another run from model.safetensors (--base)"
+            )
         if step:
             self.engine.load_checkpoint(str(run.folder / f"deepspeed-{step}"), tag="state")
         return step

@@ -94,6 +94,10 @@ class Foundation:
             beta=s.constant,
         )
         check_sizes(s, config)
+        if s.compile:
+            vae.encoder.compile()
+            if encoder is not None:
+                encoder.model.compile()
         objective = Objective(vae, encoder, conditions, s.rules, dtype)
         return cls(denoiser, vae, conditions, objective, config, facts, licence)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gendr.networks.unet import SD21_16, TINY_UNET, UNet
+from gendr.networks.unet import SD21_16, TINY_UNET, UNet, UNetConfig
 from gendr.networks.vae import SD_VAE, TINY_VAE, VAE, VAE16
 from train import memory
 from train.checkpointing import recompute_blocks
@@ -22,12 +22,18 @@ from train.stage1.settings import Settings
 TEXT_ENCODER = 340_387_840
 
 
+def unet_config(settings: Settings) -> UNetConfig:
+    """The UNet of a run, of SD2.1's size where its base is still to be fetched."""
+    s = settings
+    local = pretrained.read_unet(s.base).config if s.base and Path(s.base).exists() else None
+    config = local or (SD21_16 if s.base else TINY_UNET)
+    return replace(config, latent_channels=s.channels)
+
+
 def plan(settings: Settings) -> str:
     """What a run would train, read and need, told without reading weights."""
     s, world = settings, int(os.environ.get("WORLD_SIZE", "1"))
-    local = pretrained.read_unet(s.base).config if s.base and Path(s.base).exists() else None
-    config = local or (SD21_16 if s.base else TINY_UNET)
-    config = replace(config, latent_channels=s.channels)
+    config = unet_config(s)
     known = {VAE16.latent_channels: VAE16, SD_VAE.latent_channels: SD_VAE}
     vae_config = known[s.channels] if s.base else TINY_VAE
     if Path(vae_source(s)).exists():

@@ -105,12 +105,19 @@ class Prompts:
         if encoder is not None:
             encoder.model.to(self.device, dtype)
 
-    def plain(self, captions: Sequence[str], drop: Tensor) -> Tensor:
-        """Captions, or the positive prompt without an encoder; the empty one where `drop` (b 1 1)."""
+    def plain(self, captions: Sequence[str], drop: Tensor, keys: Sequence[int]) -> Tensor:
+        """Captions, or the positive prompt without an encoder; the empty one where `drop` (b 1 1).
+
+        A picture without a caption has some of the quality terms: the empty prompt, which guidance
+        goes away from, must not come to mean "a good picture that nobody has described".
+        """
         if self.encoder is None:
             found = self.embeds["positive"].expand(len(captions), -1, -1)
         else:
-            found = self.encode(captions)
+            found = self.encode([
+                caption or with_terms("", sample_generator(self.seed, key, Purpose.WORDS))
+                for caption, key in zip(captions, keys, strict=True)
+            ])  # fmt: skip
         return torch.where(drop.to(self.device), self.embeds["null"], found)
 
     def refined(
@@ -141,6 +148,4 @@ class Prompts:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Texts through the encoder, too long ones cut: b m d in float32."""
-        ids = [embeddings.tokenize(self.encoder, text, quiet=True)[0] for text in texts]
-        model = self.encoder.model
-        return model(torch.cat(ids).to(self.device)).last_hidden_state.float()
+        return embeddings.encode_all(self.encoder, texts)

@@ -11,7 +11,8 @@ from train.stage1 import pretrained
 
 # May differ when a run is resumed: they change where things lie and what is shown, not the result.
 FREE = ("data", "base", "vae", "encoder", "workers", "log_every", "save_every", "validate")
-FREE += ("validate_every", "samples", "micro_batch", "ema_on_cpu", "recompute")
+FREE += ("validate_every", "samples", "micro_batch", "ema_on_cpu", "recompute", "compile")
+FREE += ("save_minutes", "export_every", "captioned")
 KINDS = ("adapt", "full", "refine")
 
 
@@ -63,7 +64,17 @@ class Settings:
         "captions", "captions = each picture's, by the base's text encoder; a file made by "
         "train.embeddings; random = fixed random vectors, for a network from nothing"
     )  # fmt: skip
+    captioned: float = setting(
+        0.9, "smallest share of pictures with a caption, where captions are used"
+    )
     data: tuple[str, ...] = setting((), "folders or tars of pictures, or one folder of ready pairs")
+    weights: tuple[float, ...] = setting(
+        (), "chance of each of `data`; empty = by their numbers of pictures"
+    )
+    span: float = setting(
+        1.5, "a picture's short side is reduced to between 1 and this many crops before the crop, so "
+        "that its caption fits; 0 = crops of pictures as they are"
+    )  # fmt: skip
     phases: tuple[str, ...] = setting(("full", "full", "refine"), "in order: adapt, full, refine")
     sizes: tuple[int, ...] = setting((512, 1024, 512), "pixels of the crop in each phase")
     steps: tuple[int, ...] = setting((70_000, 30_000, 10_000), "of each phase")
@@ -87,19 +98,26 @@ class Settings:
     mix: str = setting(
         "paper", "mixture of degradations in refinement, see train.data.degradations"
     )
+    codecs: Literal["all", "present"] = setting(
+        "all", "whether every codec of the mixture must work here, or the others take its share"
+    )
     scale: int = setting(4, "how many times smaller the damaged copy is")
     beta1: float = setting(0.9, "AdamW")
     beta2: float = setting(0.999, "AdamW")
     weight_decay: float = setting(1e-2, "AdamW")
     clip: float = setting(1.0, "largest gradient norm")
     ema: float = setting(0.9999, "decay of the averaged weights; 0 = none")
+    ema_every: int = setting(1, "steps between two updates of the average")
     ema_on_cpu: bool = setting(False, "keep the average in the CPU's memory")
     precision: Literal["bf16", "fp32"] = setting("bf16", "autocast; weights in training stay fp32")
     recompute: bool = setting(True, "gradient checkpointing: less memory, a third more time")
+    compile: bool = setting(False, "torch.compile of the frozen autoencoder and DINOv2")
     validate: str = setting("", "folder of pictures to look at; empty = crops of the training data")
     validate_every: int = setting(1000, "steps")
     samples: int = setting(4, "pictures to look at")
+    export_every: int = setting(5000, "steps between numbered copies of the model; 0 = none")
     save_every: int = setting(500, "steps")
+    save_minutes: float = setting(0.0, "save after so many minutes as well; 0 = by steps alone")
     log_every: int = setting(10, "steps")
     name: str = setting("SD2.1-VAE16", "written into the exported file")
     licence: str = setting("", "written into the exported file; empty = the base's")
@@ -122,6 +140,15 @@ class Settings:
             raise ValueError(
                 "a network from nothing has no text encoder and no autoencoder: give --vae a GenDR "
                 "checkpoint, and --prompts random or a file"
+            )
+        if self.span and self.span < 1:
+            raise ValueError(
+                f"span is at least 1 crop, or 0 for pictures as they are, not {self.span}"
+            )
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(
+                f"weights needs one number for each of data: {len(self.data)}, not "
+                f"{len(self.weights)}"
             )
         if not self.alpha and self.prediction == "epsilon":
             raise ValueError("alpha 0 means the constant for velocities: set it to 0.5 for epsilon")
@@ -155,6 +182,7 @@ class Settings:
         """alpha = beta of Eq. 2."""
         return self.alpha or 1 / (1 + float(schedule.beta_bar(500)))
 
-    def rate(self, phase: Phase, number: int) -> float:
-        """Learning rate of step `number` (from 0): constant behind a warm-up."""
-        return phase.lr * min(1.0, (number - phase.first + 1) / max(1, self.warmup))
+    @property
+    def refines(self) -> bool:
+        """Whether pictures are damaged in any phase."""
+        return "refine" in self.phases

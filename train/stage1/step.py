@@ -20,12 +20,10 @@ from train import losses
 from train.data.stream import Batch, Purpose, draw, sample_generator
 from train.features import Aligned, DinoV2, Projector
 from train.losses import full
-from train.pixels import enlarge
+from train.pixels import enlarge, in_parts
 from train.stage1.prompts import Prompts, Role, damage_in_words
 from train.stage1.settings import Rules
 
-# Pixels that the autoencoder and DINOv2 see at a time; their maps are the largest of all.
-AT_A_TIME = 2**20
 # Shares of refinement (section 2.5 of the method): damaged pictures, and pictures without a prompt;
 # the rest are clean ones with quality terms.
 DAMAGED, EMPTY = 0.1, 0.1
@@ -99,7 +97,7 @@ class Objective:
             context = self.prompts.refined(batch.captions, damage, roles, batch.keys)
         else:
             drop = draw(batch.keys, (1,), seed=r.seed, purpose=Purpose.DROP, drop=r.drop).drop
-            context = self.prompts.plain(batch.captions, drop)
+            context = self.prompts.plain(batch.captions, drop, batch.keys)
         z, features = self.encode(x, batch.keys)
         return Sample(z, context, features, batch.keys)
 
@@ -121,16 +119,17 @@ class Objective:
 
     def shown(self, batch: Batch, roles: Sequence[Role]) -> Tensor:
         """Clean pictures, or the enlarged damaged copy where the role is negative."""
-        damaged = torch.tensor([role == "negative" for role in roles])[:, None, None, None]
-        return torch.where(damaged, enlarge(batch.lr, self.rules.scale), batch.hr)
+        damaged = torch.tensor([role == "negative" for role in roles], device=batch.hr.device)
+        return torch.where(
+            damaged[:, None, None, None], enlarge(batch.lr, self.rules.scale), batch.hr
+        )
 
     @torch.no_grad()
     def encode(self, x: Tensor, keys: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Pictures b 3 h w -> (latents b c h/f w/f in float32 at least, features b n d or None)."""
         r, config = self.rules, self.vae.config
-        count = max(1, AT_A_TIME // (x.shape[-2] * x.shape[-1]))
-        latents, features = [], []
-        for n, part in enumerate(x.split(count)):
+        latents, features, first = [], [], 0
+        for part in in_parts(x):
             part = part.to(self.device)
             with autocast(self.device, self.dtype):
                 mean, logvar = self.vae.moments(part.to(next(self.vae.parameters()).dtype))
@@ -138,9 +137,10 @@ class Objective:
                     features.append(self.encoder(part).float())
             z, logvar = full(mean), full(logvar)
             if r.posterior == "sample":
-                mine = keys[n * count : n * count + len(part)]
-                noise = draw(list(mine), z.shape[1:], seed=r.seed, purpose=Purpose.POSTERIOR)
+                mine = list(keys[first : first + len(part)])
+                noise = draw(mine, z.shape[1:], seed=r.seed, purpose=Purpose.POSTERIOR)
                 z = z + (0.5 * logvar).exp() * noise.eps.to(z)
+            first += len(part)
             latents.append((z - (config.shift_factor or 0.0)) * config.scaling_factor)
         return torch.cat(latents), torch.cat(features) if features else None
 

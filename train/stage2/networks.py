@@ -18,6 +18,7 @@ from gendr.networks.unet import UNet
 from gendr.networks.vae import VAE
 from train import layers
 from train.checkpointing import recompute_blocks
+from train.embeddings import TextEncoder, load_encoder
 from train.features import DinoV2, Projector
 from train.stage2.discriminator import Discriminator
 from train.stage2.scores import Adapter, Scores
@@ -76,7 +77,8 @@ class Source:
 class Networks:
     """Everything that a run trains or looks at.
 
-    config, header: of what will be exported. prompt, null: of the scores, 1 m d.
+    config, header: of what will be exported. prompt, null: of the scores, 1 m d. text: where each
+    picture's caption is used instead of the prompt.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class Networks:
         scores: Scores | None,
         heads: Discriminator | None,
         encoder: DinoV2 | None,
+        text: TextEncoder | None,
         *,
         start: Source,
         base: Source,
     ):
+        self.text = text
         self.generator, self.vae, self.scores = generator, vae, scores
         self.heads, self.encoder = heads, encoder
         self.config, self.header = start.config, start.header
@@ -139,7 +143,15 @@ class Networks:
         if device.type == "cuda":
             for module in (generator, vae, *(m for m in (scores, heads) if m is not None)):
                 module.to(memory_format=torch.channels_last)
-        return cls(generator, vae, scores, heads, encoder, start=start, base=base)
+        text = None
+        if s.prompts == "captions":
+            text = load_encoder(s.text_encoder)
+            text.model.to(device, torch.bfloat16 if bf16 else None)
+        if s.compile:
+            vae.encoder.compile()
+            if encoder is not None:
+                encoder.model.compile()
+        return cls(generator, vae, scores, heads, encoder, text, start=start, base=base)
 
     def trained(self) -> list[nn.Module]:
         """What must be the same in every process."""

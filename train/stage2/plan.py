@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from gendr.files import checkpoint
 from gendr.networks.onestep import StepConfig
-from gendr.networks.unet import UNet
-from gendr.networks.vae import VAE
+from gendr.networks.unet import TINY_UNET, UNet
+from gendr.networks.vae import TINY_VAE, VAE
 from train import memory
 from train.checkpointing import recompute_blocks
 from train.features import ENCODER_SIZES, ENCODERS, Projector
@@ -20,10 +21,10 @@ from train.stage2.scores import Scores
 from train.stage2.settings import Settings
 
 
-def step_config(path: str) -> StepConfig:
-    """Of a checkpoint, by its header alone; the full size where no path is given."""
+def step_config(path: str, like: Literal["sd21", "tiny"]) -> StepConfig:
+    """Of a checkpoint, by its header alone; where no path is given, of the full or the tiny size."""
     if not path:
-        return StepConfig()
+        return StepConfig() if like == "sd21" else StepConfig(unet=TINY_UNET, vae=TINY_VAE)
     header, _ = checkpoint.read(Path(path))
     return StepConfig.from_dict(header["config"])
 
@@ -31,8 +32,8 @@ def step_config(path: str) -> StepConfig:
 def plan(settings: Settings) -> str:
     """The plan in words and tables; nothing is loaded but headers, nothing computed."""
     s, need = settings, settings.rules
-    config = step_config(s.generator or s.base)
-    base_config = step_config(s.base)
+    config = step_config(s.generator or s.base, s.like)
+    base_config = step_config(s.base, s.like)
     width, size = ENCODER_SIZES.get(s.encoder, ENCODER_SIZES["dinov2-b"])
     with torch.device("meta"):
         generator, vae = UNet(config.unet), VAE(config.vae)
@@ -121,6 +122,9 @@ def plan(settings: Settings) -> str:
         f"{s.kappa_fake:g}, lambda {s.lambda1:g} then {s.lambda1_late:g} / {s.lambda2:g} / "
         f"{s.lambda3:g}, mse {s.lambda_mse:g}",
     ]
+    if not s.base:
+        what = "SD2.1 with 16 channels" if s.like == "sd21" else "GenDR-Tiny's networks"
+        lines.insert(0, f"no --base yet: counted as {what}\n")
     if s.encoder and s.encoder not in ENCODERS and s.lambda3:
         lines.append(f"DINOv2 of {s.encoder} is counted as dinov2-b")
     return "\n".join(lines)
@@ -148,7 +152,10 @@ def generator_bytes(config: StepConfig, s: Settings, bf16: bool) -> int:
 
 
 def score_bytes(config: StepConfig, s: Settings, bf16: bool) -> int:
-    """Activations of one picture in a score's backward pass, at z_t, beside the generator's graph."""
+    """Activations of one picture in a score's backward pass, at z_t, beside the generator's graph.
+
+    With gradient checkpointing the graphs of both scores are kept at a time, one block recomputed.
+    """
     need = s.rules
     if not need.scores:
         return 0
@@ -158,6 +165,8 @@ def score_bytes(config: StepConfig, s: Settings, bf16: bool) -> int:
     z = z.requires_grad_()
     found = memory.activation_bytes(unet, z, config.t_start, context, autocast=bf16)
     if s.recompute:
+        if "fake" in need.distillation.through:
+            found *= 2
         plain = fresh(config, False).requires_grad_(False)
         found += memory.block_bytes(plain, z, config.t_start, context, autocast=bf16)
     return found + generator_bytes(config, s, bf16)

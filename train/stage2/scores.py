@@ -104,6 +104,7 @@ class Scores(nn.Module):
     ):
         """prediction: what the UNet predicts; recompute: gradient checkpointing."""
         super().__init__()
+        self.recompute = recompute
         self.lora_rank, self.lora_alpha, self.prediction = lora_rank, lora_alpha, prediction
         self.dtype = unet.conv_in.weight.dtype
         self.unet = unet.requires_grad_(False)
@@ -127,6 +128,7 @@ class Scores(nn.Module):
             _in_full(module)
         if recompute:
             recompute_blocks(unet, lambda: (nullcontext(), self.use(self.selected)))
+        self.casts = True
         self.selected: Adapter | None = None
         self._select(None)
 
@@ -158,6 +160,11 @@ class Scores(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, prompt: Tensor, adapter: Adapter | None) -> Tensor:
         """Noise estimate of z_t (b c h w) at timesteps t (b) under a prompt (1 or b, m d): b c h w."""
         prompt = prompt.expand(z_t.shape[0], -1, -1)
+        # peft turns every input into the adapter's float32, which autocast then turns back.
+        if (casts := not torch.is_autocast_enabled(z_t.device.type)) != self.casts:
+            self.casts = casts
+            for layer in self.layers:
+                layer.cast_input_dtype_enabled = casts
         with self.use(adapter):
             out = full(self.unet(z_t.to(self.dtype), t, prompt.to(self.dtype)))
         if self.prediction == "epsilon":
@@ -205,12 +212,13 @@ class Scores(nn.Module):
         kappa_real: float = 2.0,
         kappa_fake: float = 2.0,
     ) -> Pull:
-        """`losses.distillation` and its gradient at z_g, with one UNet graph alive at a time.
+        """`losses.distillation` and its gradient at z_g, without a graph from one to the other.
 
-        z_g, z_h, eps: b c h w; t: b. z_t = a z_g + b eps goes to both networks. The fake score is
-        evaluated without a graph, the real one with its own; from both values come the loss's
-        cotangents, which are then pulled back through the real network and, after its graph is gone, through
-        the fake one. Finish with `z_g.backward(factor * gradient)`.
+        z_g, z_h, eps: b c h w; t: b. z_t = a z_g + b eps goes to both networks; from their values come
+        the loss's cotangents, which are then pulled back through each network by itself. With
+        gradient checkpointing, where a graph holds little, both are kept meanwhile. Without it only
+        one is alive at a time: the fake score is evaluated for its value first, and again with a
+        graph once that of the real one is gone. Finish with `z_g.backward(factor * gradient)`.
         """
         z_g, (a, b) = full(z_g).detach(), schedule.levels(t, z_g)
         z_t = schedule.add_noise(z_g, full(eps), a, b)
@@ -223,16 +231,18 @@ class Scores(nn.Module):
             return z, f
 
         with frozen(self):
-            _, f_fake = evaluate("fake", graph=False)
+            once = self.recompute and "fake" in config.through
+            z_fake, fake_of = evaluate("fake", graph=once)
             z, f = evaluate("real", graph="real" in config.through)
-            f_real = f.detach()
+            f_real, f_fake = f.detach(), fake_of.detach()
             loss, real, fake, gradient = losses.cotangents(f_real, f_fake, z_g, z_h, config)
             if real is not None:
                 gradient = gradient + a * torch.autograd.grad(f, z, real)[0]
             del z, f
             if fake is not None:
-                z, f = evaluate("fake", graph=True)
-                gradient = gradient + a * torch.autograd.grad(f, z, fake)[0]
+                if not once:
+                    z_fake, fake_of = evaluate("fake", graph=True)
+                gradient = gradient + a * torch.autograd.grad(fake_of, z_fake, fake)[0]
         return Pull(loss, gradient, f_real, f_fake)
 
     def adapter_state(self, adapter: Adapter) -> dict[str, Tensor]:

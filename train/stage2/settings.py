@@ -11,7 +11,8 @@ from train.recipe import setting
 
 # May differ when a run is resumed: they change where things lie and what is shown, not the result.
 FREE = ("data", "base", "generator", "projector", "workers", "log_every", "save_every")
-FREE += ("validate_every", "validate", "originals", "micro_batch", "ema_on_cpu")
+FREE += ("save_minutes", "export_every", "validate_every", "validate", "originals", "niqe")
+FREE += ("micro_batch", "ema_on_cpu", "compile", "like", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,19 @@ class Settings:
     generator: str = setting("", "checkpoint that the generator begins from; empty = the base")
     projector: str = setting("", "stage 1's projector.safetensors; empty = a new one")
     data: tuple[str, ...] = setting((), "folders or tars of pictures, or one folder of ready pairs")
+    weights: tuple[float, ...] = setting(
+        (), "chance of each of `data`; empty = by their numbers of pictures"
+    )
+    prompts: Literal["fixed", "captions"] = setting(
+        "fixed", "what the scores are told: the base's prompt, or each picture's caption"
+    )
+    text_encoder: str = setting("", "for captions: Stable Diffusion 2.1, a hub id or a folder")
     crop: int = setting(512, "pixels of the clean crop")
     scale: int = setting(4, "how many times smaller the damaged copy is")
     mix: str = setting("paper", "mixture of degradations, see train.data.degradations")
+    codecs: Literal["all", "present"] = setting(
+        "all", "whether every codec of the mixture must work here, or the others take its share"
+    )
     workers: int = setting(8, "processes that read and damage pictures")
     steps: int = setting(50_000, "generator steps")
     batch: int = setting(1024, "pictures per step, over all processes and micro-batches")
@@ -72,6 +83,7 @@ class Settings:
     weight_decay: float = setting(1e-2, "of the generator; adapters and heads have none")
     clip: float = setting(1.0, "largest gradient norm of each network")
     ema: float = setting(0.999, "decay of the averaged weights; 0 = none")
+    ema_every: int = setting(1, "steps between two updates of the average")
     ema_on_cpu: bool = setting(False, "keep the average in the CPU's memory")
     lora_rank: int = setting(64, "of the adapters")
     lora_alpha: float = setting(128.0, "of the adapters; their scale is lora_alpha / lora_rank")
@@ -100,19 +112,33 @@ class Settings:
     encoder: str = setting("dinov2-b", "DINOv2 for the alignment: a name, hub id or folder")
     precision: Literal["bf16", "fp32"] = setting("bf16", "autocast; weights in training stay fp32")
     recompute: bool = setting(True, "gradient checkpointing: less memory, a third more time")
+    compile: bool = setting(False, "torch.compile of the frozen autoencoder and DINOv2")
     drift: float = setting(5.0, "stop when mean|z_g - z_h| is this many times what it was")
     validate: str = setting("", "folder of damaged pictures to restore now and then")
     originals: str = setting("", "folder of their originals, by name")
+    niqe: str = setting("", "BasicSR's niqe_pris_params.npz, to measure NIQE as well")
     validate_every: int = setting(1000, "steps")
+    export_every: int = setting(5000, "steps between numbered copies of the model; 0 = none")
     save_every: int = setting(500, "steps")
+    save_minutes: float = setting(0.0, "save after so many minutes as well; 0 = by steps alone")
     log_every: int = setting(10, "steps")
     name: str = setting("GenDR", "written into the exported file")
+    like: Literal["sd21", "tiny"] = setting("sd21", "what --dry-run counts where no base is given")
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_step <= self.last_step <= 999:
             raise ValueError("first_step and last_step are timesteps: 0 <= first <= last <= 999")
         if self.lambda3 and not self.encoder:
             raise ValueError("lambda3 aligns with DINOv2: name an encoder, or set lambda3 to 0")
+        if self.prompts == "captions" and not self.text_encoder:
+            raise ValueError(
+                "captions need the text encoder that the base was trained with: give --text-encoder"
+            )
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(
+                f"weights needs one number for each of data: {len(self.data)}, not "
+                f"{len(self.weights)}"
+            )
         _ = self.rules  # whose parts refuse what does not go together
 
     @property

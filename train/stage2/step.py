@@ -31,12 +31,14 @@ from train.stage2.settings import Rules
 
 
 class Sample(NamedTuple):
-    """A micro-batch in latent space: z_l, z_h b c h w; features b n d of the clean picture or None."""
+    """A micro-batch in latent space: z_l, z_h b c h w; features b n d of the clean picture or None;
+    context b m d, what the scores and heads are told of each, or None for the run's prompt."""
 
     z_l: Tensor
     z_h: Tensor
     features: Tensor | None
     keys: list[int]
+    context: Tensor | None = None
 
 
 class Generator(nn.Module):
@@ -129,6 +131,12 @@ class Iteration:
             dtype=z.dtype,
         )
 
+    def told(self, s: Sample) -> Tensor:
+        """Prompts of the scores and heads: b m d."""
+        if s.context is not None:
+            return s.context
+        return self.prompt.expand(len(s.keys), -1, -1)
+
     def trained(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the optimiser that owns them."""
         found = {"generator": [p for p in self.generator.parameters() if p.requires_grad]}
@@ -163,7 +171,7 @@ class Iteration:
     def _match(self, log: Log, s: Sample, adapter: Adapter, z: Tensor, purpose: Purpose) -> None:
         noise = self.draw(s, purpose)
         a, b = schedule.levels(noise.t, z)
-        prompt = self.prompt.expand(len(s.keys), -1, -1)
+        prompt = self.told(s)
         if self.null is not None:
             prompt = torch.where(noise.drop, self.null, prompt)
         z_t = schedule.add_noise(full(z), noise.eps, a, b)
@@ -193,7 +201,9 @@ class Iteration:
         found = []
         for z in (s.z_h, z_g):
             with torch.no_grad(), self.autocast():
-                features = discriminator.features(self.scores, *self._noised(z, noise), self.prompt)
+                features = discriminator.features(
+                    self.scores, *self._noised(z, noise), self.told(s)
+                )
             with self.autocast():
                 found.append(self.heads(features))
         loss = losses.discriminator(*found)
@@ -233,7 +243,7 @@ class Iteration:
                     noise.eps,
                     noise.t,
                     self.rules.distillation,
-                    self.prompt,
+                    self.told(s),
                     null=self.null,
                     kappa_real=self.rules.kappa_real,
                     kappa_fake=self.rules.kappa_fake,
@@ -244,7 +254,7 @@ class Iteration:
         if weights.lambda2:
             with self.autocast():
                 features = discriminator.features(
-                    self.scores, *self._noised(leaf, noise), self.prompt
+                    self.scores, *self._noised(leaf, noise), self.told(s)
                 )
                 adv = losses.adversarial(self.heads(features))
             parts["adv"] = weights.lambda2 * torch.autograd.grad(adv, leaf)[0]
