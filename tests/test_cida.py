@@ -14,6 +14,7 @@ import torch
 from conftest import UNET, VAE_, header, random_network
 from PIL import Image
 from stage2 import objective, rules
+from test_embeddings import save_encoder
 from two import run_two
 
 import gendr
@@ -23,6 +24,7 @@ from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet, UNetConfig
 from gendr.networks.vae import VAEConfig
 from train import ablation, cida, losses, recipe
+from train.data import codecs, degradations
 from train.data.stream import Purpose
 from train.features import Projector
 from train.processes import Processes
@@ -494,3 +496,173 @@ def test_the_ablation_is_one_command(base, pairs, tmp_path, capsys):
     assert (tmp_path / "out" / "ablation.md").read_text() == first
     with pytest.raises(SystemExit):
         ablation.main([*options, "--presets", "nothing"])
+
+
+# ---- what a run keeps, and what it refuses ----
+
+
+def test_numbered_models_and_sheets_stay(base, pairs, tmp_path):
+    run = tmp_path / "run"
+    assert cida.main(words(base, pairs, run, export_every=2)) == 0
+    assert sorted(p.name for p in (run / "models").iterdir()) == [
+        "model-00000002.safetensors", "model-00000003.safetensors",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (run / "sheets").iterdir()) == [
+        "sheet-00000002.png", "sheet-00000003.png",
+    ]  # fmt: skip
+    old = gendr.load(run / "models" / "model-00000002.safetensors", device="cpu", dtype="fp32")
+    assert old.header["training_step"] == 2
+    assert (run / "models" / "model-00000003.safetensors").read_bytes() == (
+        run / "model.safetensors"
+    ).read_bytes()
+    assert torch.load(run / "state-previous.pt", weights_only=True)["step"] == 2
+    # Adapters can be read by whoever can read the rest.
+    modes = {p.stat().st_mode & 0o777 for p in run.rglob("*") if p.is_file()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
+def test_the_first_step_is_taken(base, pairs, tmp_path):
+    run = tmp_path / "run"
+    assert cida.main(words(base, pairs, run, steps=1, warmup=10, ema=0)) == 0
+    log = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+    assert log[0]["lr"] == pytest.approx(1e-4)
+    assert log[0]["lora"] > 0
+    trained = torch.load(run / "state.pt", weights_only=True)["generator"]
+    start = checkpoint.read(base)[1]["unet.conv_in.weight"]
+    assert not torch.equal(trained["network.unet.conv_in.weight"], start)
+
+
+def test_a_run_goes_on_from_the_state_before_with_another_rate(base, pairs, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cida.main(words(base, pairs, run)) == 0
+    changed = words(base, pairs, run, lr=1e-4, state=run / "state-previous.pt")
+    assert cida.main(changed) == 1
+    assert "--accept lr" in capsys.readouterr().err
+    assert cida.main([*changed, "--accept", "lr"]) == 0
+    log = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+    steps = [(line["step"], line["lr"]) for line in log if "lr" in line]
+    assert steps[-1] == (3, 1e-4)
+    assert [step for step, _ in steps] == [1, 2, 3, 3]
+
+
+def test_large_batches_are_encoded_in_parts(base, pairs, tmp_path, monkeypatch):
+    """Maps of more than 2^31 elements break kernels: no call sees more pixels than allowed."""
+    seen, plain = [], gendr.networks.vae.VAE.encode
+
+    def encode(vae, x):
+        seen.append(x.shape[0] * x.shape[-2] * x.shape[-1])
+        return plain(vae, x)
+
+    monkeypatch.setattr(gendr.networks.vae.VAE, "encode", encode)
+    monkeypatch.setattr("train.pixels.AT_A_TIME", 2 * 32 * 32)
+    assert cida.main(words(base, pairs, tmp_path / "parts", steps=1, batch=4, micro_batch=4)) == 0
+    assert max(seen) == 2 * 32 * 32
+    monkeypatch.setattr("train.pixels.AT_A_TIME", 2**20)
+    assert cida.main(words(base, pairs, tmp_path / "whole", steps=1, batch=4, micro_batch=4)) == 0
+    a, b = (
+        json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0])
+        for n in ("parts", "whole")
+    )
+    for name in ("mse", "score_fake", "score_real"):
+        assert a[name] == pytest.approx(b[name], rel=1e-5)
+
+
+def test_captions_are_what_the_scores_are_told(base, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(2):
+        Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"picture number {n}")
+    encoder = save_encoder(tmp_path / "sd", width=12)
+    said = []
+
+    def encode(text, captions):
+        said.extend(captions)
+        return real(text, captions)
+
+    real = cida.encode_all
+    monkeypatch.setattr(cida, "encode_all", encode)
+    more = {"steps": 1, "mix": "tiny", "codecs": "present", "prompts": "captions"}
+    assert cida.main(words(base, folder, tmp_path / "run", **more)) == 1  # no text encoder named
+    assert cida.main(words(base, folder, tmp_path / "run", **more, text_encoder=encoder)) == 0
+    assert set(said) == {"picture number 0", "picture number 1"}
+
+
+def test_a_told_sample_changes_the_scores_and_not_the_generator():
+    it, (s,) = make_iteration(rules(drop=0.0)), samples()
+    plain, _ = both_phases(it, [s])
+    context = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1)).double()
+    told, _ = both_phases(make_iteration(rules(drop=0.0)), [s._replace(context=context)])
+    assert told["score_real"] != plain["score_real"]
+    assert told["cid"] != plain["cid"]
+    assert told["mse"] == plain["mse"]
+    # The run's own prompt, given with every sample, is no change.
+    own, _ = both_phases(
+        make_iteration(rules(drop=0.0)), [s._replace(context=it.prompt.expand(4, -1, -1))]
+    )
+    assert own == plain
+
+
+def test_a_plan_without_a_base_counts_what_the_recipe_trains(capsys, tmp_path):
+    assert cida.main(["--recipe", "tiny", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "no --base yet: counted as GenDR-Tiny's networks" in text
+    assert "865,979,856" not in text
+
+
+def test_missing_codecs_are_refused_or_recorded(base, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(folder / "0.png")
+    names = ("jpeg", "webp", "avif", *codecs.VIDEO_ENCODERS)
+    for module in (codecs, degradations):
+        monkeypatch.setattr(module, "available", lambda: {n: n in names[:2] for n in names})
+    run, more = tmp_path / "run", {"steps": 1, "mix": "paper"}
+    assert cida.main(words(base, folder, run, **more)) == 1
+    assert (
+        "avif, h264, h265, mpeg2, mpeg4, which don't work here: install PyAV"
+        in capsys.readouterr().err
+    )
+    assert cida.main(words(base, folder, run, **more, codecs="present")) == 0
+    shares = json.loads((run / "config.json").read_text())["codec_shares"]
+    assert set(shares["apisr_last"]) == {"jpeg", "webp"}
+    # On a machine with other codecs it would not be the same run.
+    for module in (codecs, degradations):
+        monkeypatch.setattr(module, "available", lambda: dict.fromkeys(names, True))
+    assert cida.main(words(base, folder, run, **more, codecs="present")) == 1
+    assert "another codec_shares" in capsys.readouterr().err
+
+
+def test_vsd_has_the_direction_and_the_size_of_osediffs_loss():
+    """Their pseudo-loss: mse_loss(z_g, z_g - w (f_fake - f_real)), w = 1 / mean|z_g - f_real|."""
+    settings = recipe.build(cida.Settings, recipe.presets()["vsd"])
+    g = torch.Generator().manual_seed(0)
+    z_g, z_h, f_real, f_fake = torch.randn(4, 2, 4, 8, 8, generator=g, dtype=torch.float64)
+    w = 1 / (z_g - f_real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    leaf = z_g.clone().requires_grad_()
+    torch.nn.functional.mse_loss(leaf, (z_g - w * (f_fake - f_real))).backward()
+    found = losses.cotangents(f_real, f_fake, z_g, z_h, settings.rules.distillation).generated
+    assert torch.allclose(settings.lambda1 * found, leaf.grad, rtol=1e-12)
+
+
+def test_compiled_frozen_networks_change_nothing_but_rounding(base, pairs, tmp_path, monkeypatch):
+    real = torch.nn.Module.compile
+    compiled = []
+
+    def eager(module, *args, **options):
+        compiled.append(type(module).__name__)
+        return real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    for name, flag in (("plain", "--no-compile"), ("fast", "--compile")):
+        assert cida.main([*words(base, pairs, tmp_path / name, steps=1), flag]) == 0
+    assert compiled == ["Encoder"]
+    a, b = (
+        json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0])
+        for n in ("plain", "fast")
+    )
+    for name in ("mse", "score_fake", "score_real", "distance"):
+        assert a[name] == pytest.approx(b[name], rel=1e-5)

@@ -18,7 +18,7 @@ LENGTH, WIDTH = 77, 8
 TEXTS = ("--positive", "clean photo", "--negative", "blurred")
 
 
-def save_encoder(folder, *, pad="!"):
+def save_encoder(folder, *, pad="!", width=WIDTH):
     """A folder in diffusers' layout: one token for each letter, a text model of one layer."""
     characters = ["!", *string.ascii_lowercase, *string.digits, ",", "-"]
     words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
@@ -28,7 +28,7 @@ def save_encoder(folder, *, pad="!"):
     torch.manual_seed(9)
     config = CLIPTextConfig(
         vocab_size=len(vocab),
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig
 from transformers import Dinov2WithRegistersModel as Registers
 
@@ -196,7 +197,8 @@ def test_files_of_torch_hub_give_the_same_features(tmp_path, registers, gated):
         model = Dinov2Model(Dinov2Config(**options))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    state, theirs = model.state_dict(), {}
+    model.save_pretrained(tmp_path / "published")
+    state, theirs = load_file(tmp_path / "published" / "model.safetensors"), {}
     for name, tensor in state.items():
         name = name.replace("encoder.layer.", "blocks.").replace(
             "embeddings.patch_embeddings.projection", "patch_embed.proj"
@@ -216,6 +218,8 @@ def test_files_of_torch_hub_give_the_same_features(tmp_path, registers, gated):
             theirs[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
         elif ".attention.attention." not in name:
             theirs[name] = tensor
+    assert theirs["blocks.1.attn.qkv.weight"].shape == (192, 64)
+    assert ("blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight") in theirs
     torch.save(theirs, tmp_path / "dinov2_vitx14_pretrain.pth")
     picture = torch.rand(1, 3, 32, 32) * 2 - 1
     found = DinoV2.load(str(tmp_path / "dinov2_vitx14_pretrain.pth"))

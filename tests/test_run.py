@@ -213,7 +213,9 @@ def test_commands_and_packages_are_those_of_the_project(run):
 
     listed = (ROOT / "dependencies.txt").read_text(encoding="utf-8").splitlines()
     assert {name for name in listed if name[:1].isalpha()} == set(run.PACKAGES["gendr"])
-    assert (extra("train") | extra("test")) - {"gendr[train]"} == set(run.PACKAGES["test"])
+    assert (extra("train") | extra("video") | extra("test")) - {"gendr[train,video]"} == set(
+        run.PACKAGES["test"]
+    )
 
 
 def test_every_package_is_pinned_once_for_each_python(run):

@@ -520,3 +520,28 @@ def test_26_the_adversarial_term_reaches_z_g_alone(shared):
     assert z_g.grad.abs().max() > 0
     assert all(p.grad is None for p in (*heads.parameters(), *shared.parameters()))
     assert all(p.requires_grad for p in heads.parameters())
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(True, 2), (False, 3)])
+def test_with_small_graphs_each_score_is_evaluated_once(monkeypatch, recompute, times):
+    found, x = make(recompute=recompute), inputs()
+    calls, plain = [], Scores.forward
+    monkeypatch.setattr(Scores, "forward", lambda *args: calls.append(args[4]) or plain(*args))
+    found.pull(**x, config=distillation())
+    assert sorted(calls) == sorted(["fake", "real", "fake"][:times])
+
+
+def test_adapters_under_autocast_need_no_casts_of_their_own():
+    """peft's way through float32 and back gives the very same bits, for twice the memory traffic."""
+    found, x = make(dtype=torch.bfloat16), inputs(dtype=torch.float32)
+    outs = []
+    for layer in found.layers:
+        layer.cast_input_dtype_enabled = True
+    for casts in (True, False):
+        found.casts = not casts if casts else True
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            if casts:
+                found.casts = False  # as if it had been switched off: the layers still cast
+            outs.append(found(x["z_g"], x["t"], x["prompt"], "fake"))
+        assert all(layer.cast_input_dtype_enabled == casts for layer in found.layers)
+    assert torch.equal(*outs)

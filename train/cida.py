@@ -247,6 +247,11 @@ def train(
     state: to go on from, if not the last one; accept: settings that may differ from the run's own.
     """
     processes = Processes(device)
+    if processes.deepspeed:
+        raise SettingsError(
+            "stage 2 trains four sets of weights in one step, which DeepSpeed can't: launch with "
+            "train/recipes/ddp.yaml"
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(settings.seed)
     shares = codec_shares(settings.data, settings.mix, settings.codecs)
@@ -256,7 +261,7 @@ def train(
     facts = {"base_sha256": networks.sha256, "codec_shares": shares}
     config = {**dataclasses.asdict(settings), **facts}
     run = Run(out, config, free=FREE, accept=accept, processes=processes)
-    run.catch_signals()
+    run.catch_signals(settings.hours)
     training = Training(settings, networks, processes, run)
     first = run.load_parts(state, **training.parts())
     validation = run.alone(lambda: held_out(settings, stream))

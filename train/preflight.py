@@ -144,12 +144,12 @@ def check_data(table: Table, settings: Settings) -> None:
         table.add(f"  {Path(source).name}", f"{size:,}", f"{100 * chance:.0f} % of the samples")
     have = found.captioned()
     wrong = ""
-    if settings.prompts == "captions" and isinstance(settings, repa.Settings):
-        if have < settings.captioned * len(found):
-            wrong = (
-                f"only {have:,} of {len(found):,} pictures have a caption: add some, give --prompts a "
-                "file of train.embeddings, or lower --captioned"
-            )
+    captions = settings.prompts == "captions" and isinstance(settings, repa.Settings)
+    if captions and have < settings.captioned * len(found):
+        wrong = (
+            f"only {have:,} of {len(found):,} pictures have a caption: add some, give --prompts a "
+            "file of train.embeddings, or lower --captioned"
+        )
     table.add("captions", f"{100 * have / len(found):.0f} %", f"prompts: {settings.prompts}", wrong)
     check_sizes(table, settings, found)
     check_loading(table, settings)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -35,6 +35,13 @@ class Processes:
         self.index = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.first = self.accelerator.is_main_process
+        # Whether `accelerate launch` was given a DeepSpeed configuration.
+        self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "FSDP is not supported: nothing would be split. Launch with train/recipes/ddp.yaml, or "
+                "where a card is too small with zero2.yaml (stage 1)"
+            )
         if (started := int(os.environ.get("WORLD_SIZE", "1"))) != self.count:
             raise ValueError(
                 f"started as one of {started} processes, but here they have no way to talk to each "

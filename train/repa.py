@@ -43,7 +43,7 @@ from train.features import FeaturesError
 from train.processes import Processes
 from train.recipe import SettingsError
 from train.run import Average, Meter, Run, TrainingError, numbered, rate
-from train.stage1.engines import DeepSpeed, Plain, by_deepspeed
+from train.stage1.engines import DeepSpeed, Plain
 from train.stage1.networks import Foundation
 from train.stage1.plan import plan
 from train.stage1.previews import Preview
@@ -69,7 +69,7 @@ class Training:
         options = {
             "lr": phases[0].lr, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay,
         }  # fmt: skip
-        if by_deepspeed(processes):
+        if processes.deepspeed:
             if len({p.micro_batch for p in phases}) > 1 or "adapt" in s.phases:
                 raise SettingsError(
                     "DeepSpeed keeps one size of micro-batches and one set of trained weights: give "
@@ -256,7 +256,7 @@ def train(
     facts = {"sources": foundation.facts, "codec_shares": shares}
     config = {**dataclasses.asdict(settings), **facts}
     run = Run(out, config, free=(*FREE, "sources"), accept=accept, processes=processes)
-    run.catch_signals()
+    run.catch_signals(settings.hours)
     training = Training(settings, foundation, processes, run)
     first = training.engine.load(run, state, **training.parts())
     if captions:

@@ -62,7 +62,7 @@ class Run:
         # Whether the state on disk is of a time when no loss stood out.
         self.good = False
         self.world = 1 if processes is None else processes.count
-        self.asked = False
+        self.asked, self.until = False, math.inf
         self.saved_at = time.monotonic()
         self.bar: tqdm | None = None
         self.alone(lambda: self._open(json.loads(json.dumps(config)), {*free, *accept}))
@@ -87,8 +87,9 @@ class Run:
         self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def catch_signals(self) -> None:
-        """Let Ctrl-C and a polite kill finish the step in hand and save."""
+    def catch_signals(self, hours: float = 0.0) -> None:
+        """Let Ctrl-C, a polite kill, and the end of so many hours finish the step in hand and save."""
+        self.until = time.monotonic() + 3600 * hours if hours else math.inf
 
         def handler(*_: Any) -> None:
             self.asked = True
@@ -228,8 +229,9 @@ class Run:
             self.bar = None
 
     def stopping(self) -> bool:
-        """Whether any process was asked to stop; all of them ask together."""
-        return self.asked if self.processes is None else self.processes.any(self.asked)
+        """Whether any process was asked to stop or its time is over; all of them ask together."""
+        asked = self.asked or time.monotonic() > self.until
+        return asked if self.processes is None else self.processes.any(asked)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 
 from train.processes import Processes
@@ -29,11 +28,6 @@ class Taken(NamedTuple):
     @property
     def finite(self) -> bool:
         return math.isfinite(self.norm) and math.isfinite(self.values["loss"])
-
-
-def by_deepspeed(processes: Processes) -> bool:
-    """Whether `accelerate launch` was given a DeepSpeed configuration."""
-    return processes.accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 class Plain:

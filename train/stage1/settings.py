@@ -12,7 +12,7 @@ from train.stage1 import pretrained
 # May differ when a run is resumed: they change where things lie and what is shown, not the result.
 FREE = ("data", "base", "vae", "encoder", "workers", "log_every", "save_every", "validate")
 FREE += ("validate_every", "samples", "micro_batch", "ema_on_cpu", "recompute", "compile")
-FREE += ("save_minutes", "export_every", "captioned")
+FREE += ("save_minutes", "export_every", "captioned", "hours")
 KINDS = ("adapt", "full", "refine")
 
 
@@ -118,6 +118,7 @@ class Settings:
     export_every: int = setting(5000, "steps between numbered copies of the model; 0 = none")
     save_every: int = setting(500, "steps")
     save_minutes: float = setting(0.0, "save after so many minutes as well; 0 = by steps alone")
+    hours: float = setting(0.0, "stop after so many hours, saved and to be resumed; 0 = at the end")
     log_every: int = setting(10, "steps")
     name: str = setting("SD2.1-VAE16", "written into the exported file")
     licence: str = setting("", "written into the exported file; empty = the base's")

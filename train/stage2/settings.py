@@ -11,7 +11,7 @@ from train.recipe import setting
 
 # May differ when a run is resumed: they change where things lie and what is shown, not the result.
 FREE = ("data", "base", "generator", "projector", "workers", "log_every", "save_every")
-FREE += ("save_minutes", "export_every", "validate_every", "validate", "originals", "niqe")
+FREE += ("hours", "save_minutes", "export_every", "validate_every", "validate", "originals", "niqe")
 FREE += ("micro_batch", "ema_on_cpu", "compile", "like", "text_encoder")
 
 
@@ -121,6 +121,7 @@ class Settings:
     export_every: int = setting(5000, "steps between numbered copies of the model; 0 = none")
     save_every: int = setting(500, "steps")
     save_minutes: float = setting(0.0, "save after so many minutes as well; 0 = by steps alone")
+    hours: float = setting(0.0, "stop after so many hours, saved and to be resumed; 0 = at the end")
     log_every: int = setting(10, "steps")
     name: str = setting("GenDR", "written into the exported file")
     like: Literal["sd21", "tiny"] = setting("sd21", "what --dry-run counts where no base is given")
