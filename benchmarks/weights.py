@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import gendr
 from gendr.files import checkpoint
+from gendr.files.header import METADATA, Header
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
@@ -69,26 +69,21 @@ def choose(name: str, cache: Path | None, *, texts: bool = True) -> Model:
     if not file.exists():
         state = random_step(config)
         state["embeds.positive"] = prompt(text, config, tokens).to(STORED)
-        header = checkpoint.make_header(config, name=title, licence="none: random")
+        header = Header(config=config, name=title, licence="none: random")
         write(file, state, header)
     return Model(title, config, tokens, file, text)
 
 
 def from_file(path: Path, cache: Path | None, texts: bool) -> Model:
     """A checkpoint; its text encoder is not part of it, so A runs a random one for its cost."""
-    facts = checkpoint.describe(path)
-    if facts.get("format") != checkpoint.FORMAT:
-        raise gendr.CheckpointError(
-            f"{path.name} is not a full GenDR checkpoint, which plain diffusers could run as well: "
-            "give the file that it was exported from"
-        )
-    config = StepConfig.from_dict(facts["config"])
-    tokens = checkpoint.read(path)[1]["embeds.positive"].shape[1]
+    header, tensors = checkpoint.read(path)
+    checkpoint.check_full(header, path, "can't run in plain diffusers as well")
+    config, tokens = header.config, tensors["embeds.positive"].shape[1]
     text = None
     if texts and cache is not None and has_text_encoder(config.unet, tokens):
         cache.mkdir(parents=True, exist_ok=True)
         text = random_text(cache)
-    return Model(str(facts["name"]), config, tokens, path, text, own_prompt=False)
+    return Model(header.name, config, tokens, path, text, own_prompt=False)
 
 
 def random_text(cache: Path) -> Path:
@@ -144,7 +139,7 @@ def prompt(text: Path | None, config: StepConfig, tokens: int) -> Tensor:
     return run.context
 
 
-def write(file: Path, state: dict[str, Tensor], header: dict | None) -> None:
+def write(file: Path, state: dict[str, Tensor], header: Header | None) -> None:
     """One safetensors file, whole or not at all."""
-    metadata = {} if header is None else {checkpoint.METADATA: json.dumps(header)}
+    metadata = {} if header is None else {METADATA: json.dumps(header.as_dict())}
     checkpoint.write_safetensors(file, state, metadata)

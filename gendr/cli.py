@@ -130,7 +130,7 @@ def run_fold(args: argparse.Namespace, typed: list[str]) -> int:
     if output.exists() and not args.overwrite:
         args.parser.error(f"{output} exists; --overwrite replaces it")
     model = checkpoint.load(args.checkpoint, base=args.base, device="cpu", dtype="fp32")
-    dtype = args.dtype or model.header.get("dtype", "fp16")
+    dtype = args.dtype or model.header.dtype
     output.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(output, model.network, model.header, dtype=dtype)
     size = output.stat().st_size / 1e6

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .settings import DTYPES
 
+# Its name before torch 2.5, and still an alias of the new one.
+OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A half-size dtype must be at least this much faster than float32 to be worth its rounding.
 WORTH = 1.2
@@ -195,7 +197,7 @@ def _free_windows_bytes() -> int:
 
 def is_oom(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (OUT_OF_MEMORY, MemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (

@@ -1,24 +1,25 @@
-"""`GenDR.restore`: the whole method, and the promises it keeps."""
+"""`GenDR.restore` and the promises it keeps. The method itself is `restoration.restore_rgb`."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import devices, plan
+from . import devices, plan, region
 from .alpha import check_image
 from .devices import Precision
+from .files.header import Header
 from .networks.onestep import Step
 from .plan import Plan
 from .report import OnProgress, Report
 from .restoration import Restoration
 from .settings import SPEEDS, Settings
 from .speed import runners as speeds
-from .tiles import seam_score
+from .tiles import NO_TILES
 
 
 class GenDR:
@@ -34,7 +35,7 @@ class GenDR:
         self,
         network: Step,
         *,
-        header: dict[str, Any],
+        header: Header,
         precision: Precision,
         device: torch.device | str = "cpu",
         casts: bool = False,
@@ -49,17 +50,17 @@ class GenDR:
     @property
     def name(self) -> str:
         """The model's name, as its file gives it."""
-        return str(self.header.get("name", "GenDR"))
+        return self.header.name
 
     @property
     def licence(self) -> str:
         """The licence of the weights."""
-        return str(self.header.get("licence") or "unknown licence")
+        return self.header.licence or "unknown licence"
 
     @property
     def scale(self) -> float:
         """The enlargement that the model was trained for."""
-        return float(self.header.get("scale", 4))
+        return float(self.header.scale)
 
     @property
     def parameters(self) -> int:
@@ -81,8 +82,10 @@ class GenDR:
         """Restore and enlarge: b c h w in [0, 1] -> b c H W, float32, on the CPU.
 
         image: 1 (grey), 2 (grey, alpha), 3 or 4 channels, any float dtype; from 1x1 up.
+        mask: h w or b h w in [0, 1]: only where it is white the picture is restored, with a soft
+        edge; the rest is enlarged plainly.
         scale and any other field of `Settings` by name; `progress`, `cancelled`, `device`,
-        `free_bytes`, `is_oom` as in `restore_with_report`.
+        `free_bytes`, `make_room`, `is_oom` as in `restore_with_report`.
 
         H, W are exactly round(h * scale), or the target size. Values are in [0, 1], never NaN.
         The same input gives the same output, and a picture the same result alone as in a batch.
@@ -96,10 +99,12 @@ class GenDR:
         image: Tensor,
         scale: float | None = None,
         *,
+        mask: Tensor | None = None,
         progress: OnProgress | None = None,
         cancelled: Callable[[], bool] | None = None,
         device: torch.device | str | None = None,
         free_bytes: int | None = None,
+        make_room: Callable[[Plan], int | None] | None = None,
         is_oom: Callable[[BaseException], bool] = devices.is_oom,
         **settings: Any,
     ) -> tuple[Tensor, Report]:
@@ -109,49 +114,58 @@ class GenDR:
         cancelled: asked before every pass and every strip.
         device: where to compute, when something else than this object put the weights there.
         free_bytes: memory the plan may count on; None = ask the device.
+        make_room: given the plan before the first pass, where a host holds the weights: brings
+        them to the device and returns the memory that is free then, for which is planned again.
         """
         check_image(image)
         if scale is not None:
             settings["scale"] = scale
         chosen = Settings(**settings)
-        batch, channels, height, width = image.shape
         place = self.device if device is None else torch.device(device)
-        planned = self.plan(height, width, chosen, batch=batch, free_bytes=free_bytes, device=place)
-        devices.reset_peak(place)
-        started = time.perf_counter()
-        run = Restoration(self, planned, chosen, place, progress, cancelled, is_oom)
-        result = torch.empty(
-            batch, channels, *planned.output_size, memory_format=torch.channels_last
+
+        def planned(part: Tensor, free: int | None) -> Plan:
+            height, width = part.shape[-2:]
+            return self.plan(height, width, chosen, batch=len(part), free_bytes=free, device=place)
+
+        def run(part: Tensor) -> tuple[Tensor, Report]:
+            plan = planned(part, free_bytes)
+            if make_room is not None:
+                plan = planned(part, make_room(plan))
+            restoration = Restoration(
+                network=self.network,
+                runner=self.runner,
+                precision=self.precision,
+                casts=self.casts,
+                name=self.name,
+                guidance=self.guidance(chosen),
+                plan=plan,
+                settings=chosen,
+                device=place,
+                progress=progress,
+                cancelled=cancelled,
+                is_oom=is_oom,
+                events=[self.speed.reason] if self.speed.reason else [],
+            )
+            return restoration.run(part)
+
+        if mask is None:
+            return run(image)
+        result, box, report = region.restore_within(mask, image, chosen, run)
+        if report is None:
+            nothing = replace(planned(image, free_bytes), grid=NO_TILES)
+            report = Report(
+                model=self.name,
+                plan=nothing,
+                dtype=self.precision.name,
+                input_size=nothing.input_size,
+                output_size=nothing.output_size,
+            )
+        return result, replace(
+            report,
+            mask=region.told(box, image.shape[-1], image.shape[-2]),
+            input_size=tuple(image.shape[-2:]),
+            output_size=tuple(result.shape[-2:]),
         )
-        report = Report(
-            model=self.name,
-            input_size=planned.input_size,
-            output_size=planned.output_size,
-            images=batch,
-            mode=planned.mode,
-            tiles=planned.tiles,
-            tile=planned.tile,
-            overlap=planned.overlap,
-            dtype=self.precision.name,
-            device=str(place),
-            speed=self.speed.name,
-            events=run.events,
-        )
-        if self.speed.reason:
-            run.tell(self.speed.reason)
-        with torch.inference_mode():
-            for index in range(batch):
-                one = image[index : index + 1].float().clamp(0, 1)
-                result[index : index + 1] = run.picture(one, index)
-                report.delta_e += run.delta_e / batch
-                report.lr_psnr += run.lr_psnr / batch
-            if planned.tiles > 1 and not chosen.seamless:
-                grid = plan.pixel_grid(self.network.config, planned)
-                report.seam_score = seam_score(result[:, : min(3, channels)], grid)
-        report.passes = self.runner.told()
-        report.seconds = time.perf_counter() - started
-        report.peak_bytes = devices.peak_bytes(place)
-        return result, report
 
     @property
     def multiple(self) -> int:
@@ -178,7 +192,7 @@ class GenDR:
             height,
             width,
             images=batch,
-            train_tile=int(self.header.get("tile", 512)),
+            train_tile=self.header.tile,
             free=devices.free_bytes(place) if free_bytes is None else free_bytes,
             bytes_each=max(self.precision.vae.itemsize, self.precision.unet.itemsize),
             dtype=str(self.precision),
@@ -192,7 +206,7 @@ class GenDR:
     def guidance(self, settings: Settings) -> float:
         """The guidance in force: the person's, else the file's. ValueError where it can't be had."""
         asked = settings.guidance
-        value = float(self.header.get("guidance", 1.0)) if asked is None else float(asked)
+        value = float(self.header.guidance if asked is None else asked)
         if value > 1 and self.network.prompts < 2:
             raise ValueError(
                 f"{self.name} holds no negative prompt, so guidance must be 1, got {value:g}: "

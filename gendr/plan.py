@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from .networks.blocks import PHASE_POSITIONS
 from .networks.onestep import StepConfig
 from .resize import up_to_multiple
 from .settings import Settings
-from .tiles import WHOLE, Grid, fit_grid
+from .tiles import WHOLE, Grid, fit_grid, one_tile
+
+Size = tuple[int, int]
 
 # Share of the free memory that a plan may fill: estimates miss, and others allocate too.
 BUDGET = 0.8
@@ -39,11 +42,12 @@ STAGED = 6
 class Plan:
     """A run as it will go. Sizes are (height, width) in pixels of the output.
 
-    mode: "whole" (one pass), "strips" (the autoencoder over the whole picture in exact strips, the
-    UNet in tiles of the latent) or "tiles" (encode, step and decode in tiles).
+    mode: "whole" (one pass), "latent_tiles" (the autoencoder over the whole picture, the UNet in
+    tiles of the latent) or "tiles" (encode, step and decode in tiles).
+    grid: the tiles, in pixels of the padded output in every mode; one tile where all goes whole.
+    strips: the autoencoder goes over what it is given in strips of rows.
     on_device: the whole picture lies on the device, and not in the host's memory.
-    target: the tile edge that the grid was fitted to. margin: how far a repeating picture is
-    continued past its edges.
+    margin: how far a repeating picture is continued past its edges.
     """
 
     input_size: tuple[int, int]
@@ -51,10 +55,7 @@ class Plan:
     padded_size: tuple[int, int]
     images: int
     mode: str
-    tiles: int
-    tile: tuple[int, int]
-    target: int
-    overlap: int
+    grid: Grid
     tile_batch: int
     strips: bool
     margin: int
@@ -65,15 +66,32 @@ class Plan:
     speed: str = "eager"
     on_device: bool = False
 
+    @property
+    def tiles(self) -> int:
+        """How many there are."""
+        return len(self.grid)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Their size."""
+        return self.grid.tile_height, self.grid.tile_width
+
+    @property
+    def overlap(self) -> int:
+        """What neighbours share at least, in pixels."""
+        return self.grid.overlap
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["grid"]
+        return {**values, "tiles": self.tiles, "tile": self.tile, "overlap": self.overlap}
 
     def __str__(self) -> str:
         (h, w), (oh, ow) = self.input_size, self.output_size
         how = {
             "whole": "in one pass",
-            "strips": f"autoencoder whole, UNet in {self.tiles} tiles",
+            "latent_tiles": f"autoencoder whole, UNet in {self.tiles} tiles",
             "tiles": f"in {self.tiles} tiles",
         }[self.mode]
         if self.mode != "whole":
@@ -122,134 +140,179 @@ def unet_bytes(config: StepConfig, height: int, width: int, bytes_each: int) -> 
     return int(max((skips + working) * at, kernels + skips * at))
 
 
-def make(
-    config: StepConfig,
-    settings: Settings,
-    height: int,
-    width: int,
-    *,
-    images: int,
-    train_tile: int,
-    free: int,
-    bytes_each: int,
-    dtype: str,
-    device: str,
-    batched: bool,
-    guidance: float,
-    speed: str = "eager",
-    on_device: bool = False,
-) -> Plan:
-    """The plan for pictures of height x width.
+def make(config: StepConfig, settings: Settings, height: int, width: int, **facts: Any) -> Plan:
+    """The plan for pictures of height x width. facts: the other fields of `Case`."""
+    case = Case(config=config, settings=settings, height=height, width=width, **facts)
+    return case.whole() or case.latent_tiles() or case.in_tiles()
 
-    on_device: whether the picture should lie on the device; it goes back to the host where
-    that leaves too little for the tiles.
-    train_tile: edge in pixels that the model was trained on. bytes_each: of one activation.
-    batched: whether the device gains from several tiles in one pass.
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a plan goes by. Each mode is a method that gives a plan where that mode is possible.
+
+    train_tile: edge in pixels that the model was trained on. free: bytes on the device.
+    bytes_each: of one activation. batched: whether the device gains from several tiles in one pass.
+    on_device: whether the picture should lie on the device; it goes back to the host where that
+    leaves too little for the tiles.
     """
-    output = settings.target_size(height, width)
-    m = config.multiple
-    target = up_to_multiple(settings.tile or train_tile, m)
-    overlap = settings.overlap or min(OVERLAP_LIMIT, int(target * OVERLAP_SHARE))
-    overlap = up_to_multiple(overlap, config.vae.factor)
-    # A picture that repeats is continued past its edges, and its end fades into its start.
-    margin = overlap if settings.seamless else 0
-    padded = tuple(up_to_multiple(side + 2 * margin, m) for side in output)
-    planes = PLANES * 3 * 4 * padded[0] * padded[1]
-    if on_device and not fits_beside(config, planes, free, target, bytes_each):
-        # Then it takes nothing of the device's memory.
-        on_device, planes = False, 0
-    budget = max(0, int(free * BUDGET) - planes)
-    passes = 2 if guidance > 1 else 1
-    fast = speed != "eager"
 
-    def needed(h: int, w: int, batch: int, strips: bool) -> int:
-        autoencoder = autoencoder_bytes(config, h, w, bytes_each=bytes_each, strips=strips)
-        staged = STAGED * 3 * 4 * h * w * batch if fast else 0
-        unet = unet_bytes(config, h, w, bytes_each) * passes
-        return max(autoencoder, unet) * batch + staged
+    config: StepConfig
+    settings: Settings
+    height: int
+    width: int
+    images: int
+    train_tile: int
+    free: int
+    bytes_each: int
+    dtype: str
+    device: str
+    batched: bool
+    guidance: float
+    speed: str = "eager"
+    on_device: bool = False
 
-    common = Plan(
-        input_size=(height, width),
-        output_size=output,
-        padded_size=padded,
-        images=images,
-        mode="whole",
-        tiles=1,
-        tile=padded,
-        target=max(padded),
-        overlap=0,
-        tile_batch=1,
-        strips=False,
-        margin=margin,
-        bytes_needed=0,
-        free_bytes=free,
-        dtype=dtype,
-        device=device,
-        speed=speed,
-        on_device=on_device,
-    )
-    limit = WHOLE * target
-    if max(padded) <= limit or (not settings.tile and padded[0] * padded[1] <= limit * limit):
+    @property
+    def multiple(self) -> int:
+        """Edges of tiles and of the padded picture are multiples of this many pixels."""
+        return self.config.multiple
+
+    @property
+    def fast(self) -> bool:
+        """Whether launches cost next to nothing, and tiles wait beside a pass."""
+        return self.speed != "eager"
+
+    @cached_property
+    def output(self) -> tuple[int, int]:
+        """Size of the result."""
+        return self.settings.target_size(self.height, self.width)
+
+    @cached_property
+    def target(self) -> int:
+        """Edge of a tile, as asked for or as the model knows it."""
+        return up_to_multiple(self.settings.tile or self.train_tile, self.multiple)
+
+    @cached_property
+    def overlap(self) -> int:
+        """What neighbours share."""
+        asked = self.settings.overlap or min(OVERLAP_LIMIT, int(self.target * OVERLAP_SHARE))
+        return up_to_multiple(asked, self.config.vae.factor)
+
+    @property
+    def margin(self) -> int:
+        """A picture that repeats is continued past its edges, and its end fades into its start."""
+        return self.overlap if self.settings.seamless else 0
+
+    @cached_property
+    def padded(self) -> tuple[int, int]:
+        """Size of what the network sees."""
+        return tuple(up_to_multiple(n + 2 * self.margin, self.multiple) for n in self.output)
+
+    @cached_property
+    def planes(self) -> tuple[int, bool]:
+        """Bytes of the whole pictures beside the tiles, and whether they lie on the device."""
+        planes = PLANES * 3 * 4 * self.padded[0] * self.padded[1]
+        if not self.on_device:
+            return planes, False
+        square = (self.target, self.target)
+        room = planes + self.networks(square, square, 1, False, passes=1) <= int(self.free * BUDGET)
+        # On the host they take nothing of the device's memory.
+        return (planes, True) if room else (0, False)
+
+    @property
+    def budget(self) -> int:
+        """Bytes for tiles."""
+        return max(0, int(self.free * BUDGET) - self.planes[0])
+
+    def networks(
+        self, seen: Size, tile: Size, batch: int, strips: bool, *, passes: int | None = None
+    ) -> int:
+        """Peak bytes of the autoencoder over `seen` and the UNet over `batch` tiles.
+
+        Where both see the same, the autoencoder gets as many of it.
+        """
+        config, each = self.config, self.bytes_each
+        passes = passes or (2 if self.guidance > 1 else 1)
+        pictures = batch if seen == tile else 1
+        autoencoder = autoencoder_bytes(config, *seen, bytes_each=each, strips=strips) * pictures
+        return max(autoencoder, unet_bytes(config, *tile, each) * passes * batch)
+
+    def cost(self, seen: Size, tile: Size, batch: int = 1, strips: bool = False) -> int:
+        """`networks`, and what waits beside a pass."""
+        pictures = batch if seen == tile else 1
+        staged = STAGED * 3 * 4 * seen[0] * seen[1] * pictures if self.fast else 0
+        return self.networks(seen, tile, batch, strips) + staged
+
+    def plan(self, mode: str, grid: Grid, *, batch: int, strips: bool, cost: int) -> Plan:
+        return Plan(
+            input_size=(self.height, self.width),
+            output_size=self.output,
+            padded_size=self.padded,
+            images=self.images,
+            mode=mode,
+            grid=grid,
+            tile_batch=batch,
+            strips=strips,
+            margin=self.margin,
+            bytes_needed=cost + self.planes[0],
+            free_bytes=self.free,
+            dtype=self.dtype,
+            device=self.device,
+            speed=self.speed,
+            on_device=self.planes[1],
+        )
+
+    def whole(self) -> Plan | None:
+        """One pass over everything, for what is not much larger than a tile."""
+        limit, area = WHOLE * self.target, self.padded[0] * self.padded[1]
+        if max(self.padded) > limit and (self.settings.tile or area > limit * limit):
+            return None
         for strips in (False, True):
-            if (need := needed(*padded, 1, strips)) <= budget:
-                return replace(common, strips=strips, bytes_needed=need + planes)
-    f = config.vae.factor
-    attention = config.vae.mid_attention
-    if not settings.tile and (
-        not attention or padded[0] * padded[1] // f**2 <= ATTENTION_POSITIONS
-    ):
-        grid = latent_grid(config, padded, target, overlap)
-        tile = grid.tile_height * f, grid.tile_width * f
-        most = settings.tile_batch or (FEW_LAUNCHES_BATCH if fast else 1)
+            cost = self.cost(self.padded, self.padded, strips=strips)
+            if cost <= self.budget:
+                grid = one_tile(*self.padded)
+                return self.plan("whole", grid, batch=1, strips=strips, cost=cost)
+        return None
 
-        def both(batch: int, strips: bool) -> int:
-            autoencoder = autoencoder_bytes(config, *padded, bytes_each=bytes_each, strips=strips)
-            staged = STAGED * 3 * 4 * padded[0] * padded[1] if fast else 0
-            return max(autoencoder, unet_bytes(config, *tile, bytes_each) * passes * batch) + staged
-
-        batch = even(len(grid), most) if fast else 1
-        while batch > 1 and both(batch, True) > budget:
+    def latent_tiles(self) -> Plan | None:
+        """The autoencoder over everything: no seams from it, where it can see so much at once."""
+        positions = self.padded[0] * self.padded[1] // self.config.vae.factor**2
+        attention = self.config.vae.mid_attention and positions > ATTENTION_POSITIONS
+        if self.settings.tile or attention:
+            return None
+        grid = fit_grid(*self.padded, self.target, self.overlap, self.multiple)
+        tile = grid.tile_height, grid.tile_width
+        most = self.settings.tile_batch or FEW_LAUNCHES_BATCH
+        batch = even(len(grid), most) if self.fast else 1
+        while batch > 1 and self.cost(self.padded, tile, batch, True) > self.budget:
             batch -= 1
         # Strips are many small launches: where those are what counts, only if memory asks for them.
-        strips = not fast or both(batch, False) > budget
-        need = both(batch, strips)
-        if need <= budget and len(grid) > 1:
-            return replace(
-                common,
-                mode="strips",
-                tiles=len(grid),
-                tile=tile,
-                target=target,
-                overlap=overlap,
-                tile_batch=batch,
-                strips=strips,
-                bytes_needed=need + planes,
-            )
-    while True:
-        overlap = min(overlap, max(0, target - m))
-        grid = fit_grid(*padded, target, overlap, m)
-        tile = grid.tile_height, grid.tile_width
-        need = needed(*tile, 1, False)
-        if need <= budget or settings.tile or target <= m:
-            break
-        target = up_to_multiple(target // 2, m)
-        overlap = min(overlap, up_to_multiple(target * OVERLAP_SHARE, f))
-    if fast and not settings.tile_batch:
-        batch = even(len(grid), FEW_LAUNCHES_BATCH if batched else 1)
-    else:
-        batch = settings.tile_batch or (BATCH if batched else 1)
-    while batch > 1 and (batch > len(grid) or needed(*tile, batch, False) > budget):
-        batch -= 1
-    return replace(
-        common,
-        mode="tiles" if len(grid) > 1 else "whole",
-        tiles=len(grid),
-        tile=tile,
-        target=target,
-        overlap=overlap if len(grid) > 1 else 0,
-        tile_batch=batch,
-        bytes_needed=needed(*tile, batch, False) + planes,
-    )
+        strips = not self.fast or self.cost(self.padded, tile, batch) > self.budget
+        cost = self.cost(self.padded, tile, batch, strips)
+        if cost > self.budget or len(grid) == 1:
+            return None
+        return self.plan("latent_tiles", grid, batch=batch, strips=strips, cost=cost)
+
+    def in_tiles(self) -> Plan:
+        """Everything in tiles, of half the edge while that is too much for the memory."""
+        m, target, overlap = self.multiple, self.target, self.overlap
+        while True:
+            overlap = min(overlap, max(0, target - m))
+            grid = fit_grid(*self.padded, target, overlap, m)
+            tile = grid.tile_height, grid.tile_width
+            if self.cost(tile, tile) <= self.budget or self.settings.tile or target <= m:
+                break
+            target = up_to_multiple(target // 2, m)
+            overlap = min(overlap, up_to_multiple(target * OVERLAP_SHARE, self.config.vae.factor))
+        if self.fast and not self.settings.tile_batch:
+            batch = even(len(grid), FEW_LAUNCHES_BATCH if self.batched else 1)
+        else:
+            batch = self.settings.tile_batch or (BATCH if self.batched else 1)
+        while batch > 1 and (batch > len(grid) or self.cost(tile, tile, batch) > self.budget):
+            batch -= 1
+        cost = self.cost(tile, tile, batch)
+        if len(grid) == 1:
+            return self.plan("whole", one_tile(*self.padded), batch=1, strips=False, cost=cost)
+        return self.plan("tiles", grid, batch=batch, strips=False, cost=cost)
 
 
 def even(tiles: int, most: int) -> int:
@@ -260,42 +323,3 @@ def even(tiles: int, most: int) -> int:
     most = min(tiles, most)
     whole = max(n for n in range(1, most + 1) if tiles % n == 0)
     return whole if 3 * whole >= most else math.ceil(tiles / math.ceil(tiles / most))
-
-
-def fits_beside(config: StepConfig, planes: int, free: int, target: int, bytes_each: int) -> bool:
-    """Whether the planes of a whole picture leave room for one tile of the wanted size."""
-    tile = max(
-        autoencoder_bytes(config, target, target, bytes_each=bytes_each, strips=False),
-        unet_bytes(config, target, target, bytes_each),
-    )
-    return planes + tile <= int(free * BUDGET)
-
-
-def latent_grid(config: StepConfig, padded: tuple[int, int], target: int, overlap: int) -> Grid:
-    """The grid of the UNet's tiles in positions of the latent, for sizes given in pixels."""
-    f = config.vae.factor
-    return fit_grid(
-        padded[0] // f,
-        padded[1] // f,
-        max(1, target // f),
-        math.ceil(overlap / f),
-        config.unet.multiple,
-    )
-
-
-def pixel_grid(config: StepConfig, plan: Plan) -> Grid:
-    """The grid of a plan in pixels of the padded output, whatever was tiled."""
-    if plan.mode != "strips":
-        return fit_grid(*plan.padded_size, plan.target, plan.overlap, config.multiple)
-    f = config.vae.factor
-    grid = latent_grid(config, plan.padded_size, plan.target, plan.overlap)
-    return Grid(
-        height=f * grid.height,
-        width=f * grid.width,
-        tile_height=f * grid.tile_height,
-        tile_width=f * grid.tile_width,
-        overlap=f * grid.overlap,
-        tops=tuple(f * top for top in grid.tops),
-        lefts=tuple(f * left for left in grid.lefts),
-        wrap=False,
-    )

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
+
+from .plan import Plan
+
+# What a report passes on from its plan, as attributes and in `as_dict`.
+PLANNED = (
+    "images",
+    "mode",
+    "tiles",
+    "tile",
+    "overlap",
+    "device",
+    "speed",
+)
 
 
 class Cancelled(Exception):
@@ -35,6 +48,11 @@ OnProgress = Callable[[Progress], None]
 class Report:
     """What was done to a batch. Sizes are (height, width).
 
+    plan: of what was computed, as it was at the end; what `PLANNED` names of it can be asked for
+    here too.
+    input_size, output_size: of the pictures, whatever part of them a mask chose.
+    mask: what it chose, in words; empty without one.
+    dtype: name of the precision.
     delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
     size, and the input; means over the pictures.
     seam_score: gradient at tile borders / beside them, 1 = nothing to see; None without tiles,
@@ -44,16 +62,11 @@ class Report:
     """
 
     model: str
+    plan: Plan
+    dtype: str
     input_size: tuple[int, int]
     output_size: tuple[int, int]
-    images: int
-    mode: str
-    tiles: int
-    tile: tuple[int, int]
-    overlap: int
-    dtype: str
-    device: str
-    speed: str = "eager"
+    mask: str = ""
     passes: str = ""
     seconds: float = 0.0
     peak_bytes: int | None = None
@@ -62,14 +75,24 @@ class Report:
     seam_score: float | None = None
     events: list[str] = field(default_factory=list)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in PLANNED:
+            return getattr(self.plan, name)
+        raise AttributeError(f"a Report has no {name!r}")
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values on one level, for JSON: what the plan says included."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["plan"]
+        return values | {name: getattr(self.plan, name) for name in PLANNED}
 
     def __str__(self) -> str:
         (h, w), (oh, ow) = self.input_size, self.output_size
         several = f"{self.images} pictures, each " if self.images > 1 else ""
+        if not self.tiles:
+            return self.mask
         lines = [
+            *([self.mask] if self.mask else []),
             f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s",
             f"{self.device}, {self.dtype}"
             + (f", {self.speed} ({self.passes})" if self.passes else "")

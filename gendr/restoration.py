@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +13,17 @@ from torch import Tensor
 
 from . import color, devices
 from .alpha import fill_transparent, split_alpha
+from .devices import Precision
 from .fidelity import back_project, psnr, reduce
 from .networks.onestep import OneStep, Step
 from .networks.strips import Strips
-from .plan import Plan, latent_grid
-from .report import Cancelled, OnProgress, Progress
+from .plan import Plan
+from .report import Cancelled, OnProgress, Progress, Report
 from .resize import pad, resize, roll_up, unroll
 from .settings import Settings
+from .speed.runners import Eager
 from .speed.transfer import Transfer
-from .tiles import finished, fit_grid, recovering, tiled
-
-if TYPE_CHECKING:
-    from .model import GenDR
+from .tiles import Fn, finished, recovering, seam_score, tiled
 
 # ITU-R BT.601, for a grey result.
 LUMA = (0.299, 0.587, 0.114)
@@ -35,61 +34,92 @@ class NotFinite(RuntimeError):
     """The model gave NaN or infinity in every precision; the message says what to do."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Restoration:
-    """One call of `restore`: the plan in force and what has happened so far."""
+    """One call of `restore`: the plan in force and what has happened so far.
 
-    model: GenDR
+    network, runner: what computes, and the way it is run. casts: as of `GenDR`. name: the model's.
+    guidance: the one in force. events: what the report is to say besides what happens here.
+    """
+
+    network: Step
+    runner: Eager
+    precision: Precision
+    casts: bool
+    name: str
+    guidance: float
     plan: Plan
     settings: Settings
     device: torch.device
     progress: OnProgress | None
     cancelled: Callable[[], bool] | None
     is_oom: Callable[[BaseException], bool]
+    events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.events: list[str] = []
         self.done = self.index = 0
-        extra = 2 if self.plan.mode == "strips" else 0
+        extra = 2 if self.plan.mode == "latent_tiles" else 0
         self.total = (self.plan.tiles + extra) * self.plan.images
-        self.guidance = self.model.guidance(self.settings)
         self.exact: Step | None = None
-        self.delta_e = self.lr_psnr = 0.0
-        self.runner = self.model.runner
         self.ahead = self.runner.ahead
         self.transfer = Transfer(self.device, ahead=self.ahead)
-        self.guarded = recovering(
-            self.one_pass,
-            minimum=self.model.multiple,
-            multiple=self.model.multiple,
-            is_oom=self.is_oom,
-            on_event=self.ran_out,
-        )
+        config = self.network.config
+        # Made once: what one picture teaches about the memory holds for those after it.
+        self.forward = self.recovering("forward", config.multiple)
+        self.step = self.recovering("step", config.unet.multiple)
 
-    def picture(self, image: Tensor, index: int) -> Tensor:
-        """One picture of any channels, 1 c h w -> 1 c H W."""
-        self.index = index
+    def run(self, image: Tensor) -> tuple[Tensor, Report]:
+        """Pictures b c h w of 1 to 4 channels in [0, 1] -> b c H W, and what was done."""
+        devices.reset_peak(self.device)
+        started = time.perf_counter()
+        batch, channels = image.shape[:2]
+        result = torch.empty(
+            batch, channels, *self.plan.output_size, memory_format=torch.channels_last
+        )
+        report = Report(
+            model=self.name,
+            plan=self.plan,
+            dtype=self.precision.name,
+            input_size=self.plan.input_size,
+            output_size=self.plan.output_size,
+            events=self.events,
+        )
+        with torch.inference_mode():
+            for self.index in range(batch):
+                one = slice(self.index, self.index + 1)
+                result[one], delta_e, lr_psnr = self.restore_channels(image[one])
+                report.delta_e += delta_e / batch
+                report.lr_psnr += lr_psnr / batch
+            report.plan = self.plan
+            if self.plan.tiles > 1 and not self.settings.seamless:
+                report.seam_score = seam_score(result[:, : min(3, channels)], self.plan.grid)
+        report.passes = self.runner.told()
+        report.seconds = time.perf_counter() - started
+        report.peak_bytes = devices.peak_bytes(self.device)
+        return result, report
+
+    def restore_channels(self, image: Tensor) -> tuple[Tensor, float, float]:
+        """One picture 1 c h w -> 1 c H W, colour difference and dB of the reduced result."""
+        image = image.float().clamp(0, 1)
         if self.plan.on_device:
             image = image.to(self.device)
         colours, alpha = split_alpha(image)
-        grey = colours.shape[1] == 1
         if alpha is not None:
             colours = fill_transparent(colours, alpha)
-        colours = colours.expand(-1, 3, -1, -1)
-        size, wrap = self.plan.output_size, self.settings.seamless
-        result = self.colours(colours)
-        if grey:
+        result = self.restore_rgb(colours.expand(-1, 3, -1, -1))
+        if colours.shape[1] == 1:
             weights = result.new_tensor(LUMA)[:, None, None]
             result = (result * weights).sum(1, keepdim=True)
         result = result.clamp(0, 1)
-        self.measure(result, colours[:, : result.shape[1]])
-        if alpha is None:
-            return result
-        # Transparency is zero where the picture is opaque, and stays exactly zero there.
-        return torch.cat([result, 1 - resize(1 - alpha, size, wrap=wrap)], dim=1)
+        distance = distance_to(result, colours)
+        if alpha is not None:
+            # Transparency is zero where the picture is opaque, and stays exactly zero there.
+            clear = resize(1 - alpha, self.plan.output_size, wrap=self.settings.seamless)
+            result = torch.cat([result, 1 - clear], dim=1)
+        return result, *distance
 
-    def colours(self, image: Tensor) -> Tensor:
-        """The method on three channels: 1 3 h w -> 1 3 H W."""
+    def restore_rgb(self, image: Tensor) -> Tensor:
+        """The whole method on three channels: 1 3 h w -> 1 3 H W."""
         plan, settings = self.plan, self.settings
         enlarged = resize(image, plan.output_size, wrap=settings.seamless)
         if settings.seamless:
@@ -106,130 +136,112 @@ class Restoration:
 
     def network_pass(self, x: Tensor) -> Tensor:
         """1 3 H W in [-1, 1] -> the same, by the plan's mode."""
-        plan = self.plan
-        if plan.mode == "strips":
+        if self.plan.mode == "latent_tiles":
             try:
-                return self.strips_pass(x)
+                return self.latent_tiles_pass(x)
             except Exception as error:
                 if not self.is_oom(error):
                     raise
-            self.ran_out("out of memory with the autoencoder in strips: going on in tiles")
-        grid = fit_grid(*plan.padded_size, plan.target, plan.overlap, self.model.multiple)
+            self.ran_out("out of memory with the autoencoder over the whole: going on in tiles")
+            self.plan = replace(self.plan, mode="tiles", strips=False, tile_batch=1)
         return tiled(
-            self.guarded,
+            self.forward,
             x,
-            grid,
-            batch=plan.tile_batch,
+            self.plan.grid,
+            batch=self.plan.tile_batch,
             ahead=self.ahead,
             before=lambda i, n: self.check(),
             after=lambda i, n, out: self.advance(lambda: small((out[:1] + 1) / 2)),
         )
 
-    def strips_pass(self, x: Tensor) -> Tensor:
+    def latent_tiles_pass(self, x: Tensor) -> Tensor:
         """The autoencoder over the whole picture, the UNet in tiles of the latent."""
-        latent = finished(self.finite("encode", self.encode_of, x))
+        latent = finished(self.finite("encode", x))
         self.advance(None)
-        plan, config = self.plan, self.model.network.config
-        grid = latent_grid(config, plan.padded_size, plan.target, plan.overlap)
-        step = recovering(
-            lambda z: self.finite("step", self.step_of, z),
-            minimum=config.unet.multiple,
-            multiple=config.unet.multiple,
-            is_oom=self.is_oom,
-            on_event=self.ran_out,
-        )
         latent = tiled(
-            step,
+            self.step,
             latent,
-            grid,
-            batch=plan.tile_batch,
+            self.plan.grid.reduced(self.network.config.vae.factor),
+            batch=self.plan.tile_batch,
             ahead=self.ahead,
             before=lambda i, n: self.check(),
             after=lambda i, n, out: self.advance(None),
         )
-        y = finished(self.finite("decode", self.decode_of, latent))
+        y = finished(self.finite("decode", latent))
         self.advance(lambda: small((y + 1) / 2))
         return y
 
-    def one_pass(self, x: Tensor) -> Tensor | Callable[[], Tensor]:
-        """Encode, step, decode of tiles b 3 h w in [-1, 1]."""
-        return self.finite("pass", self.pass_of, x)
+    def recovering(self, stage: str, multiple: int) -> Fn:
+        """A stage for `tiled`, in smaller tiles when memory runs out."""
+        return recovering(
+            lambda x: self.finite(stage, x),
+            minimum=multiple,
+            multiple=multiple,
+            is_oom=self.is_oom,
+            on_event=self.ran_out,
+        )
 
-    def encode_of(self, network: Step) -> Callable[[Tensor], Tensor]:
-        """The encoder over the whole picture, by strips where the plan says so."""
-        by_strips = self.plan.strips and isinstance(network, OneStep)
-        return Strips(network, check=self.check).encode if by_strips else network.encode
+    def finite(self, stage: str, x: Tensor) -> Tensor | Callable[[], Tensor]:
+        """A stage of the network on the device; what isn't finite is computed again in float32.
 
-    def decode_of(self, network: Step) -> Callable[[Tensor], Tensor]:
-        """The decoder over the whole latent, likewise."""
-        by_strips = self.plan.strips and isinstance(network, OneStep)
-        return Strips(network, check=self.check).decode if by_strips else network.decode
-
-    def pass_of(self, network: Step) -> Callable[[Tensor], Tensor]:
-        """The whole step by this network, by strips where the plan says so."""
-        encode, step, decode = (f(network) for f in (self.encode_of, self.step_of, self.decode_of))
-        return lambda x: decode(step(encode(x)))
-
-    def step_of(self, network: Step) -> Callable[[Tensor], Tensor]:
-        """z_l -> z_g by this network."""
-        return lambda z: network.step(z, detail=self.settings.detail, guidance=self.guidance)
-
-    def finite(
-        self, stage: str, of: Callable[[Step], Callable[[Tensor], Tensor]], x: Tensor
-    ) -> Tensor | Callable[[], Tensor]:
-        """`of(network)(x)` on the device; what isn't finite is computed again in float32.
-
+        stage: "encode", "step", "decode", or "forward" for all three.
         Where tiles may be under way, what waits for the result instead of the result.
         """
         here = self.transfer.bring(x)
-        y = self.run(stage, of(self.model.network), here)
+        y = self.run_stage(stage, here)
         wait = self.transfer.take(y, torch.isfinite(y).all(), x.device)
         del y
 
         def finish() -> Tensor:
             result, fine = wait()
-            return result if fine else self.again(of, here, x.device)
+            return result if fine else self.again(stage, here, x.device)
 
         return finish if self.ahead else finish()
 
-    def run(self, stage: str, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """fn(x) the way the model's speed says. Strips may stop between two, so they run as they are."""
+    def run_stage(self, stage: str, x: Tensor) -> Tensor:
+        """The way the model's speed says. Strips may stop between two, so they run as they are."""
         if self.plan.strips and stage != "step":
-            return fn(x)
-        key = (stage, self.settings.detail, self.guidance, self.model.network.compute)
-        return self.runner.run(key, fn, x, self.tell)
+            return self.compute(self.network, stage, x)
+        key = (stage, self.settings.detail, self.guidance, self.network.compute)
+        return self.runner.run(key, lambda z: self.compute(self.network, stage, z), x, self.tell)
 
-    def again(
-        self, of: Callable[[Step], Callable[[Tensor], Tensor]], here: Tensor, to: torch.device
-    ) -> Tensor:
+    def compute(self, network: Step, stage: str, x: Tensor) -> Tensor:
+        """A stage of this network, its autoencoder by strips where the plan says so."""
+        if self.plan.strips and isinstance(network, OneStep):
+            network = Strips(network, check=self.check)
+        if stage in ("step", "forward"):
+            return getattr(network, stage)(x, detail=self.settings.detail, guidance=self.guidance)
+        return getattr(network, stage)(x)
+
+    def again(self, stage: str, x: Tensor, to: torch.device) -> Tensor:
         """In float32, eagerly; `NotFinite` if that doesn't help."""
-        if self.model.precision.name != "fp32":
+        if self.precision.name != "fp32":
             self.events.append(
-                f"the model gave values that are not finite in {self.model.precision.name}: this "
+                f"the model gave values that are not finite in {self.precision.name}: this "
                 "part was computed again in fp32"
             )
-            y = self.in_float32(of, here)
+            y = self.in_float32(stage, x)
             if bool(torch.isfinite(y).all()):
                 return y.to(to)
         raise NotFinite(
-            f"{self.model.name} gives values that are not finite even in fp32: the file is "
+            f"{self.name} gives values that are not finite even in fp32: the file is "
             "damaged or was not trained to the end; use another one"
         )
 
-    def in_float32(self, of: Callable[[Step], Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        """`of(network)(x)` in float32, without changing the network for the tiles that follow."""
-        network = self.model.network
-        if self.model.casts:
+    def in_float32(self, stage: str, x: Tensor) -> Tensor:
+        """Without changing the network for the tiles that follow."""
+        network = self.network
+        if self.casts:
             before = network.compute
             network.compute = (torch.float32, torch.float32)
             try:
-                return of(network)(x)
+                return self.compute(network, stage, x)
             finally:
                 network.compute = before
         if self.exact is None:
             self.exact = copy.deepcopy(network).float()
             self.exact.compute = (torch.float32, torch.float32)
-        return of(self.exact)(x)
+        return self.compute(self.exact, stage, x)
 
     def check(self) -> None:
         """Stop here if the person asked for it."""
@@ -251,12 +263,13 @@ class Restoration:
         self.runner.forget()
         devices.release(self.device)
 
-    def measure(self, result: Tensor, image: Tensor) -> None:
-        """Distance of the reduced result from the input."""
-        back = reduce(result, tuple(image.shape[-2:]))
-        three = (-1, 3, -1, -1)
-        self.delta_e = float(color.delta_e(back.expand(three), image.expand(three)).mean())
-        self.lr_psnr = psnr(back, image)
+
+def distance_to(result: Tensor, image: Tensor) -> tuple[float, float]:
+    """Mean colour difference and dB between the result, reduced to the input's size, and it."""
+    back = reduce(result, tuple(image.shape[-2:]))
+    three = (-1, 3, -1, -1)
+    delta_e = float(color.delta_e(back.expand(three), image.expand(three)).mean())
+    return delta_e, psnr(back, image)
 
 
 def small(image: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ COLOR_FIXES = ("none", "wavelet", "adain", "lab")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # How passes are run; the first is the default, as of DTYPES.
 SPEEDS = ("auto", "eager", "graph", "compile")
+# Settings that give a size instead of a factor.
+TARGETS = ("long_side", "short_side", "megapixels")
 # Beyond this factor one step has nothing left of the picture to build on.
 MAX_FACTOR = 8.0
 
@@ -81,9 +83,14 @@ class Settings:
             raise ValueError(
                 f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}"
             )
-        targets = [n for n in ("long_side", "short_side", "megapixels") if getattr(self, n)]
+        targets = [name for name in TARGETS if getattr(self, name)]
         if len(targets) > 1:
             raise ValueError(f"give only one target size, got {' and '.join(targets)}")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a target size stands in for the factor."""
+        return any(getattr(self, name) for name in TARGETS)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """Output size (H, W) for an input of h x w: exactly round(side * factor), at least 1.

@@ -30,12 +30,16 @@ SEAM_FLOOR = (0.5 / 255) ** 2
 
 
 class Box(NamedTuple):
-    """Where a tile lies. On a torus bottom and right may run past the edge, and start over."""
+    """A part of a picture. A tile's bottom and right may run past the edge of a torus, and start over."""
 
     top: int
     left: int
     bottom: int
     right: int
+
+    def cut(self, picture: Tensor) -> Tensor:
+        """The part of ... h w inside, as a view."""
+        return picture[..., self.top : self.bottom, self.left : self.right]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,17 @@ class Grid:
         for top in self.tops:
             for left in self.lefts:
                 yield Box(top, left, top + self.tile_height, left + self.tile_width)
+
+    def reduced(self, factor: int) -> Grid:
+        """The same grid over a picture reduced `factor` times, such as its latent."""
+        sides = self.height, self.width, self.tile_height, self.tile_width, self.overlap
+        if any(n % factor for n in (*sides, *self.tops, *self.lefts)):
+            raise ValueError(f"the grid does not lie on multiples of {factor}: {self}")
+        tops, lefts = (tuple(n // factor for n in starts) for starts in (self.tops, self.lefts))
+        return Grid(*(n // factor for n in sides), tops, lefts, self.wrap)
+
+
+NO_TILES = Grid(0, 0, 0, 0, 0, (), (), False)
 
 
 def fit_grid(
@@ -118,6 +133,11 @@ def _axis(
         if all(b - a <= edge - overlap for a, b in zip(starts, ends, strict=False)):
             return edge, tuple(starts)
         unit = unit // 2 if unit % 2 == 0 else 1
+
+
+def one_tile(height: int, width: int) -> Grid:
+    """The grid of a picture that goes whole."""
+    return Grid(height, width, height, width, 0, (0,), (0,), False)
 
 
 def tiled(

@@ -6,6 +6,7 @@ Without ComfyUI every function has a plain answer, so that the nodes can be call
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -19,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..gendr import GenDR
+from ..gendr import GenDR, devices
 from ..gendr.files import checkpoint
-from ..gendr.settings import SPEEDS
+from ..gendr.settings import DTYPES
 
 HOSTED = importlib.util.find_spec("folder_paths") is not None
 if HOSTED:
@@ -30,6 +31,7 @@ if HOSTED:
     import comfy.ops
     import comfy.utils
     import folder_paths
+    import server
     from comfy.cli_args import args
 
 FOLDER = "gendr"
@@ -100,14 +102,10 @@ def file_stamp(name: str) -> str:
     return hashlib.sha256(f"{path} {facts.st_mtime_ns} {facts.st_size}".encode()).hexdigest()
 
 
-def load(path: str, dtype: str, speed: str = SPEEDS[0]) -> Model:
-    """Read a model file and hand its network to the host's memory management.
-
-    The host moves, pages and patches weights, so `speed` gives way to it: nothing is recorded from
-    layers that cast their weights per call.
-    """
+def load(path: str, dtype: str) -> Model:
+    """Read a model file and hand its network to the host's memory management."""
     if not HOSTED:
-        return Model(checkpoint.load(path, device="cpu", dtype=dtype, speed=speed))
+        return Model(checkpoint.load(path, device="cpu", dtype=dtype))
     device = management.get_torch_device()
     if dtype == "auto":
         dtype = _usual_dtype(device)
@@ -118,12 +116,17 @@ def load(path: str, dtype: str, speed: str = SPEEDS[0]) -> Model:
         runs_on=device,
         dtype=dtype,
         operations=comfy.ops.manual_cast,
-        speed=speed,
     )
     # Looked up now, not at import: ComfyUI rebinds the name while it starts.
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     offload = management.unet_offload_device()
     return Model(gendr, patcher(gendr.network, load_device=device, offload_device=offload))
+
+
+@functools.lru_cache(maxsize=1)
+def embedded() -> Model:
+    """GenDR-Tiny, for nodes without a loader. Kept: it is 15 MB, and the host pages it as any other."""
+    return load(model_path(EMBEDDED), DTYPES[0])
 
 
 def _usual_dtype(device: torch.device) -> str:
@@ -174,7 +177,7 @@ def bring_in(model: Model, activations: int) -> None:
 def is_oom(error: BaseException) -> bool:
     """Whether the error is an exhausted memory; if so the host's caches are emptied too."""
     if not HOSTED:
-        return isinstance(error, torch.OutOfMemoryError)
+        return devices.is_oom(error)
     known = getattr(management, "is_oom", lambda e: isinstance(e, management.OOM_EXCEPTION))
     if not known(error):
         return False
@@ -204,6 +207,22 @@ def cancelled() -> bool:
     if HOSTED:
         management.throw_exception_if_processing_interrupted()
     return False
+
+
+def taken(node_id: str | None, output: int) -> bool:
+    """Whether a node of the running graph takes this output; True where that can't be known."""
+    if not HOSTED or node_id is None:
+        return True
+    for running in list(server.PromptServer.instance.prompt_queue.currently_running.values()):
+        graph = running[2]
+        if str(node_id) in graph:
+            wires = (wire for node in graph.values() for wire in node["inputs"].values())
+            return any(
+                isinstance(wire, list) and [str(wire[0]), *wire[1:]] == [str(node_id), output]
+                for wire in wires
+                if wire
+            )
+    return True
 
 
 class Progress:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from ..gendr.settings import DTYPES, SPEEDS
+from ..gendr.settings import DTYPES
 from . import host
 
 
 class LoadGenDR:
     """Choose a model file. ComfyUI keeps the result until an input or the file changes."""
 
-    CATEGORY = "GenDR"
+    CATEGORY = "image/upscaling"
     FUNCTION = "load"
     RETURN_TYPES = ("GENDR_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The restoration model, for GenDR Upscale and Tiled GenDR.",)
     DESCRIPTION = "Loads a GenDR model. GenDR-Tiny comes with the pack; nothing is downloaded."
-    SEARCH_ALIASES = ("upscale model", "super resolution", "restore", "gendr")
+    SEARCH_ALIASES = (
+        *("load upscale model", "upscale model", "super resolution", "restore", "gendr"),
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -41,26 +43,14 @@ class LoadGenDR:
                     },
                 ),
             },
-            # Optional: graphs that other programs saved without it must go on running.
-            "optional": {
-                "speed": (
-                    list(SPEEDS),
-                    {
-                        "default": SPEEDS[0],
-                        "tooltip": "How the computation is run. Leave it at auto. graph and "
-                        "compile give way wherever ComfyUI moves the model's weights itself; "
-                        "the report then says so.",
-                    },
-                ),
-            },
         }
 
     @classmethod
-    def IS_CHANGED(cls, model: str, dtype: str, speed: str = SPEEDS[0]) -> str:
-        """A replaced file is loaded again; so is one under another dtype or speed, by ComfyUI itself."""
+    def IS_CHANGED(cls, model: str, dtype: str) -> str:
+        """A replaced file is loaded again; so is one under another dtype, by ComfyUI itself."""
         return host.file_stamp(model)
 
-    def load(self, model: str, dtype: str, speed: str = SPEEDS[0]) -> tuple:
-        """Name from the list, number format, way to run -> GENDR_MODEL."""
+    def load(self, model: str, dtype: str) -> tuple:
+        """Name from the list, number format -> GENDR_MODEL."""
         with host.plain_errors():
-            return (host.load(host.model_path(model), dtype, speed),)
+            return (host.load(host.model_path(model), dtype),)

@@ -9,18 +9,31 @@ import torch
 from torch import Tensor
 
 from ..gendr.fidelity import difference
+from ..gendr.plan import Plan
 from ..gendr.settings import BOUNDS, COLOR_FIXES, Settings
 from . import host
-from .region import restore_within
+from .size import SIZES, target
+from .wires import checked_mask, checked_picture
 
 DEFAULT = Settings()
+# Of the widgets that only count where `size_by` says so: what the number fields begin with.
+SIDE, MEGAPIXELS, FRAME = 2048, 4.0, (1920, 1080)
+# Place of the difference map among Tiled GenDR's outputs.
+DIFFERENCE = 2
+# What a person may look for, as of ComfyUI's own upscaling nodes and then what GenDR does besides.
+SEARCH = (
+    *("upscale", "upscaler", "upsc", "upscale image", "image upscale", "enlarge", "enlarge image"),
+    *("super resolution", "superres", "hires", "increase resolution", "resize", "4k"),
+    *("restore", "enhance", "denoise", "deblur", "sharpen", "remove jpeg artifacts"),
+    *("video upscale", "upscale video", "face restore", "gendr"),
+)
 # Invented detail is seldom more than a few hundredths; as it is, the map would look black.
 DIFFERENCE_GAIN = 4
 
 TOOLTIPS = {
     "image": "The picture or pictures to restore. Batches and video frames are taken one at a "
     "time. Any size; transparency is kept.",
-    "model": "Comes from Load GenDR.",
+    "model": "From Load GenDR. With nothing connected GenDR-Tiny is used, which comes with the pack.",
     "scale": "How many times larger the result is, fractions too. 4 is what the model is made "
     "for; with 1 the size stays and the picture is only restored.",
     "color_fix": "Where colors come from. wavelet keeps the input's colors even in small areas. "
@@ -31,8 +44,14 @@ TOOLTIPS = {
     "fidelity": "How strictly the result, made small again, must equal the input. Raise it if "
     "small text or faces change their shape. On noisy or blurred pictures leave it at 0, or the "
     "damage comes back.",
-    "mask": "Only white areas are restored, with a soft edge; the rest is enlarged in the plain "
-    "way. Must have the picture's size.",
+    "mask": "Only white areas are restored, gray ones in part; the rest is enlarged in the plain "
+    "way. Any size with the picture's shape.",
+    "size_by": "What sets the size of the result. scale: the scale above. long side, short side: "
+    "side. megapixels: megapixels. width and height: as large as fits inside, shape kept.",
+    "side": "Pixels of the result's long or short side. Counts where size by says so.",
+    "megapixels": "Millions of pixels of the result. Counts where size by says megapixels.",
+    "width": "Largest width of the result. Counts where size by says width and height.",
+    "height": "Largest height of the result. Counts where size by says width and height.",
     "tile_size": "Side of a tile in pixels of the result. 0 plans it from free memory. Choose "
     "512 or 1024 if other nodes need the memory, or to compare machines.",
     "overlap": "How far tiles reach into each other, in pixels of the result. 0 plans it. Raise "
@@ -59,11 +78,10 @@ def _number(name: str, setting: str, default: float) -> tuple[str, dict[str, Any
     return kind, options
 
 
-def _common() -> dict[str, Any]:
+def _required() -> dict[str, Any]:
     """What both nodes ask for, in the order of their widgets."""
     return {
         "image": ("IMAGE", {"tooltip": TOOLTIPS["image"]}),
-        "model": ("GENDR_MODEL", {"tooltip": TOOLTIPS["model"]}),
         "scale": _number("scale", "scale", DEFAULT.scale),
         "color_fix": (
             list(COLOR_FIXES),
@@ -74,53 +92,65 @@ def _common() -> dict[str, Any]:
     }
 
 
+def _optional() -> dict[str, Any]:
+    """What both nodes can do without: the widgets among them came later than those above."""
+    return {
+        "model": ("GENDR_MODEL", {"tooltip": TOOLTIPS["model"]}),
+        "mask": ("MASK", {"tooltip": TOOLTIPS["mask"]}),
+        "size_by": (list(SIZES), {"default": SIZES[0], "tooltip": TOOLTIPS["size_by"]}),
+        "side": _number("side", "long_side", SIDE),
+        "megapixels": _number("megapixels", "megapixels", MEGAPIXELS),
+        "width": _number("width", "long_side", FRAME[0]),
+        "height": _number("height", "long_side", FRAME[1]),
+    }
+
+
 class GenDRUpscale:
     """Restore and enlarge. What does not fit into memory is tiled by plan, without asking."""
 
-    CATEGORY = "GenDR"
+    CATEGORY = "image/upscaling"
     FUNCTION = "upscale"
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("image", "report")
     OUTPUT_TOOLTIPS = (
         "The restored picture.",
-        "What was done: sizes, tiles, number format, time, memory, and how far the result, made "
-        "small again, is from the input. Connect it to a Preview as Text node (older name: Preview "
-        "Any) to read it.",
+        "What was done: sizes, settings, tiles, number format, time, memory, and how far the "
+        "result, made small again, is from the input. Connect it to a Preview as Text node (older "
+        "name: Preview Any) to read it.",
     )
     DESCRIPTION = (
         "Restores and enlarges pictures in one step. A picture that does not fit into memory is "
         "cut into tiles by itself."
     )
-    SEARCH_ALIASES = ("super resolution", "upscale", "enlarge", "restore", "enhance", "gendr")
+    SEARCH_ALIASES = SEARCH
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         """The order of the widgets is an API: append only."""
-        return {
-            "required": _common(),
-            "optional": {"mask": ("MASK", {"tooltip": TOOLTIPS["mask"]})},
-        }
+        return {"required": _required(), "optional": _optional()}
 
     def upscale(
         self,
         image: Tensor,
-        model: host.Model,
         scale: float,
         color_fix: str,
         detail: float,
         fidelity: float,
+        model: host.Model | None = None,
         mask: Tensor | None = None,
+        **size: Any,
     ) -> tuple[Tensor, str]:
         """Picture b h w c, widgets -> restored picture and report."""
-        settings = Settings(scale=scale, color_fix=color_fix, detail=detail, fidelity=fidelity)
-        result, report = restore(model, image.movedim(-1, 1), mask, settings)
+        options = {"color_fix": color_fix, "detail": detail, "fidelity": fidelity}
+        pixels, settings = _read(image, options, scale=scale, **size)
+        result, report = restore(model, pixels, mask, settings)
         return host.output(result.movedim(1, -1)), report
 
 
 class TiledGenDR:
     """The same with the tiles in one's own hand, and a map of what was invented."""
 
-    CATEGORY = "GenDR"
+    CATEGORY = "image/upscaling"
     FUNCTION = "upscale"
     RETURN_TYPES = ("IMAGE", "STRING", "IMAGE")
     RETURN_NAMES = ("image", "report", "difference")
@@ -133,14 +163,17 @@ class TiledGenDR:
         "Restores and enlarges large pictures tile by tile, in bounded memory and without seams. "
         "Everything left at 0 is planned from the memory that is free."
     )
-    SEARCH_ALIASES = ("tiled upscale", "4k upscale", "seamless texture", "low vram", "gendr")
+    SEARCH_ALIASES = (
+        *("tiled upscale", "upscale tiles", "large image upscale", "seamless texture", "low vram"),
+        *SEARCH,
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         """The order of the widgets is an API: append only."""
         return {
             "required": {
-                **_common(),
+                **_required(),
                 "tile_size": _number("tile_size", "tile", DEFAULT.tile),
                 "overlap": _number("overlap", "overlap", DEFAULT.overlap),
                 "tile_batch": _number("tile_batch", "tile_batch", DEFAULT.tile_batch),
@@ -149,13 +182,18 @@ class TiledGenDR:
                     {"default": DEFAULT.seamless, "tooltip": TOOLTIPS["seamless"]},
                 ),
             },
-            "optional": {"mask": ("MASK", {"tooltip": TOOLTIPS["mask"]})},
+            "optional": _optional(),
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
+
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, **inputs: Any) -> bool:
+        """A result without the map is of no use once somebody takes the map."""
+        return host.taken(unique_id, DIFFERENCE)
 
     def upscale(
         self,
         image: Tensor,
-        model: host.Model,
         scale: float,
         color_fix: str,
         detail: float,
@@ -164,64 +202,87 @@ class TiledGenDR:
         overlap: int,
         tile_batch: int,
         seamless: bool,
+        model: host.Model | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, str, Tensor]:
-        """Picture b h w c, widgets -> restored picture, report, difference map b h w 3."""
-        settings = Settings(
-            scale=scale,
-            color_fix=color_fix,
-            detail=detail,
-            fidelity=fidelity,
-            tile=tile_size,
-            overlap=overlap,
-            tile_batch=tile_batch,
-            seamless=seamless,
-        )
-        pixels = image.movedim(-1, 1)
+        unique_id: str | None = None,
+        **size: Any,
+    ) -> tuple[Tensor, str, Tensor | None]:
+        """Picture b h w c, widgets -> restored picture, report, difference map b h w 3.
+
+        The map is made only where it is taken, and holds one plane that stands for all three.
+        """
+        options = {
+            "color_fix": color_fix,
+            "detail": detail,
+            "fidelity": fidelity,
+            "tile": tile_size,
+            "overlap": overlap,
+            "tile_batch": tile_batch,
+            "seamless": seamless,
+        }
+        pixels, settings = _read(image, options, scale=scale, **size)
         result, report = restore(model, pixels, mask, settings)
-        departed = torch.empty(len(result), *result.shape[-2:], 3)
-        for n in range(len(result)):
-            one = slice(n, n + 1)
-            amount = difference(result[one], pixels[one]) * DIFFERENCE_GAIN
-            departed[one] = amount.clamp(0, 1).movedim(1, -1)
-        return host.output(result.movedim(1, -1)), report, host.output(departed)
+        departed = None
+        if host.taken(unique_id, DIFFERENCE):
+            departed = torch.empty(len(result), *result.shape[-2:], 1)
+            for n in range(len(result)):
+                one = slice(n, n + 1)
+                amount = difference(result[one], pixels[one]) * DIFFERENCE_GAIN
+                departed[one] = amount.clamp(0, 1).movedim(1, -1)
+            departed = host.output(departed).expand(-1, -1, -1, 3)
+        return host.output(result.movedim(1, -1)), report, departed
+
+
+def _read(
+    image: Tensor,
+    options: dict[str, Any],
+    *,
+    scale: float,
+    size_by: str = SIZES[0],
+    side: int = SIDE,
+    megapixels: float = MEGAPIXELS,
+    width: int = FRAME[0],
+    height: int = FRAME[1],
+) -> tuple[Tensor, Settings]:
+    """The picture as b c h w, and the widgets as settings for it."""
+    pixels = checked_picture(image)
+    size = target(
+        size_by,
+        picture=tuple(pixels.shape[-2:]),
+        scale=scale,
+        side=side,
+        megapixels=megapixels,
+        width=width,
+        height=height,
+    )
+    return pixels, Settings(**size, **options)
 
 
 def restore(
-    model: host.Model, pixels: Tensor, mask: Tensor | None, settings: Settings
+    model: host.Model | None, pixels: Tensor, mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, str]:
     """Pictures b c h w in [0, 1], any float type -> restored b c H W float32, and a report.
 
-    Raises ValueError for what is no picture; the host's own exception when cancelled.
+    model: None = the embedded one. Raises ValueError for a mask that does not fit; the host's own
+    exception when cancelled.
     """
-    if pixels.ndim != 4 or 0 in pixels.shape:
-        raise ValueError(
-            "There is no picture to restore: the image input is an empty batch. Check that the "
-            "node before this one finds its files."
-        )
+    mask = checked_mask(mask, pixels)
+    model = host.embedded() if model is None else model
 
-    def run(part: Tensor) -> tuple[Tensor, str]:
-        height, width = part.shape[-2:]
-        where = {"device": host.run_device(model)}
-        plan = model.gendr.plan(
-            height,
-            width,
-            settings,
-            batch=len(part),
-            free_bytes=host.free_bytes(model, loaded=False),
-            **where,
-        )
+    def make_room(plan: Plan) -> int | None:
         host.bring_in(model, plan.bytes_needed)
-        restored, report = model.gendr.restore_with_report(
-            part,
-            progress=host.Progress(),
-            cancelled=host.cancelled,
-            free_bytes=host.free_bytes(model, loaded=True),
-            is_oom=host.is_oom,
-            **where,
-            **asdict(settings),
-        )
-        return restored, str(report)
+        return host.free_bytes(model, loaded=True)
 
     with host.plain_errors():
-        return run(pixels) if mask is None else restore_within(mask, pixels, settings, run)
+        result, report = model.gendr.restore_with_report(
+            pixels,
+            mask=mask,
+            progress=host.Progress(),
+            cancelled=host.cancelled,
+            device=host.run_device(model),
+            free_bytes=host.free_bytes(model, loaded=False),
+            make_room=make_room,
+            is_oom=host.is_oom,
+            **asdict(settings),
+        )
+    return result, str(report)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gendr.files import checkpoint
+from gendr.files.header import Header
 from gendr.model import GenDR
 from gendr.networks.onestep import StepConfig, Unfolded
 from gendr.networks.unet import UNet, UNetConfig
@@ -56,10 +57,9 @@ def random_network(
         return Unfolded(config, VAE(vae), UNet(unet), embeds).requires_grad_(False).eval()
 
 
-def header(network: Unfolded, **facts) -> dict:
-    return checkpoint.make_header(
-        network.config, name="Random", licence="Apache-2.0", tile=64, **facts
-    )
+def header(network: Unfolded, **facts) -> Header:
+    facts = {"name": "Random", "licence": "Apache-2.0", "tile": 64, **facts}
+    return Header(config=network.config, **facts)
 
 
 @pytest.fixture(scope="session")

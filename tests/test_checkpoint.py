@@ -68,7 +68,7 @@ def test_folded_export_runs_the_same(tmp_path):
     quick = saved(tmp_path, fold(network), "folded.safetensors")
     assert gendr.describe(quick)["format"] == "gendr-folded"
     assert torch.allclose(result(full), result(quick), atol=1e-6)
-    with pytest.raises(CheckpointError, match="folded export"):
+    with pytest.raises(CheckpointError, match="folded into one step"):
         gendr.load(quick, fold=False)
 
 

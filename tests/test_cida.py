@@ -317,7 +317,7 @@ def test_the_exported_file_goes_straight_into_the_loader(base, pairs, tmp_path):
     assert cida.main(words(base, pairs, tmp_path / "run", name="Trained")) == 0
     model = gendr.load(tmp_path / "run" / "model.safetensors", device="cpu", dtype="fp32")
     assert model.name == "Trained"
-    assert model.header["training_step"] == 3
+    assert model.header.training_step == 3
     result = model.restore(torch.rand(1, 3, 9, 8), 4)
     assert result.shape == (1, 3, 36, 32)
     lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -511,7 +511,7 @@ def test_numbered_models_and_sheets_stay(base, pairs, tmp_path):
         "sheet-00000002.png", "sheet-00000003.png",
     ]  # fmt: skip
     old = gendr.load(run / "models" / "model-00000002.safetensors", device="cpu", dtype="fp32")
-    assert old.header["training_step"] == 2
+    assert old.header.training_step == 2
     assert (run / "models" / "model-00000003.safetensors").read_bytes() == (
         run / "model.safetensors"
     ).read_bytes()

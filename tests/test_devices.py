@@ -67,7 +67,7 @@ def test_devices():
 
 def test_out_of_memory_is_recognised_on_every_device():
     for error in (
-        torch.OutOfMemoryError("x"),
+        torch.cuda.OutOfMemoryError("x"),
         MemoryError(),
         RuntimeError("MPS backend out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),

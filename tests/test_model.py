@@ -169,7 +169,7 @@ def test_modes_agree_without_normalisation(plain):
     x = picture(50, 70)
     whole = plain.restore(x, 4, tile=512, detail=0.0)
     strips, report = plain.restore_with_report(x, 4, detail=0.0)
-    assert report.mode == "strips"
+    assert report.mode == "latent_tiles"
     assert torch.allclose(whole, strips, atol=1e-5)
     tiles, report = plain.restore_with_report(x, 4, tile=128, overlap=64, detail=0.0)
     assert report.mode == "tiles"
@@ -244,6 +244,8 @@ def test_out_of_memory_in_strips_goes_on_in_tiles(plain, monkeypatch):
     y, report = plain.restore_with_report(x, 4)
     assert y.shape == (1, 3, 200, 280)
     assert any("going on in tiles" in event for event in report.events)
+    assert report.mode == "tiles"
+    assert report.plan.strips is False
 
 
 def test_nan_in_low_precision_is_computed_again(tiny_checkpoint, monkeypatch):
@@ -339,7 +341,7 @@ def test_plan_is_what_runs(tiny):
 
 def test_plan_follows_free_memory(tiny):
     plans = [tiny.plan(512, 512, Settings(), free_bytes=int(n * 2**30)) for n in (64, 0.9)]
-    assert [p.mode for p in plans] == ["strips", "tiles"]
+    assert [p.mode for p in plans] == ["latent_tiles", "tiles"]
     assert plans[0].bytes_needed > plans[1].bytes_needed
     assert all(p.bytes_needed <= p.free_bytes for p in plans)
     short = tiny.plan(512, 512, Settings(), free_bytes=1)

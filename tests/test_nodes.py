@@ -13,11 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from gendr import Settings, resize
+
 NODES = pack.nodes().NODE_CLASS_MAPPINGS
 TITLES = pack.nodes().NODE_DISPLAY_NAME_MAPPINGS
 host = pack.nodes("host")
-region = pack.nodes("region")
-LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "ru", "zh")
+wires = pack.nodes("wires")
+sizes = pack.nodes("size")
+# Those that the front ends of ComfyUI offer.
+LANGUAGES = ("ar", "en", "es", "fa", "fr", "he", "ja", "ko", "pt-BR", "ru", "tr", "zh", "zh-TW")
 WIDGETS = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
 TILES = {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
 
@@ -34,7 +38,13 @@ def picture(height=24, width=20, channels=3, batch=1, seed=0):
 
 
 def upscale(model, image, **widgets):
-    return NODES["GenDRUpscale"]().upscale(image, model, **{**WIDGETS, **widgets})
+    return NODES["GenDRUpscale"]().upscale(image=image, model=model, **{**WIDGETS, **widgets})
+
+
+def upscale_tiled(model, image, **widgets):
+    return NODES["TiledGenDR"]().upscale(
+        image=image, model=model, **{**WIDGETS, **TILES, **widgets}
+    )
 
 
 def inputs_of(node):
@@ -73,12 +83,12 @@ def test_same_pixels_as_the_command_line(model, tiny_checkpoint, tmp_path):
 def test_tiled_node_passes_every_setting_on(model):
     image = picture(96, 96)
     tiles = {"tile_size": 64, "overlap": 16, "tile_batch": 2, "seamless": True}
-    result, report, departed = NODES["TiledGenDR"]().upscale(image, model, **WIDGETS, **tiles)
+    result, report, departed = upscale_tiled(model, image, **tiles)
     pixels = image.movedim(-1, 1)
     expected = model.gendr.restore(pixels, 2.0, tile=64, overlap=16, tile_batch=2, seamless=True)
     assert torch.equal(result, expected.movedim(1, -1))
     assert "tiles" in report
-    there = (expected - region.resize(pixels, (192, 192))).abs().mean(1)
+    there = (expected - resize(pixels, (192, 192))).abs().mean(1)
     torch.testing.assert_close(departed, (4 * there).clamp(0, 1)[..., None].expand(-1, -1, -1, 3))
 
 
@@ -86,8 +96,8 @@ def test_tiled_node_passes_every_setting_on(model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_depths_and_types(model, channels, dtype):
     image = picture(9, 13, channels).to(dtype)
-    for node, widgets in (("GenDRUpscale", WIDGETS), ("TiledGenDR", WIDGETS | TILES)):
-        result = NODES[node]().upscale(image, model, **widgets)[0]
+    for run in (upscale, upscale_tiled):
+        result = run(model, image)[0]
         assert result.shape == (1, 18, 26, channels)
         assert result.dtype == torch.float32
         assert result.isfinite().all()
@@ -110,10 +120,23 @@ def test_inputs_are_left_alone(model):
     assert torch.equal(mask, torch.ones(1, 24, 20))
 
 
-@pytest.mark.parametrize("image", [torch.zeros(0, 8, 8, 3), torch.zeros(1, 0, 8, 3)])
-def test_an_empty_batch_is_named(model, image):
-    with pytest.raises(ValueError, match="empty batch"):
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.zeros(0, 8, 8, 3), "^There is no picture to restore.*empty batch"),
+        (torch.zeros(1, 0, 8, 3), "^There is no picture to restore.*empty batch"),
+        (torch.zeros(8, 8, 3), "^What came as image has the shape 8x8x3.*batch x height x width"),
+        (torch.zeros(1, 16, 8, 8), "^What came as image has the shape 1x16x8x8.*VAE Decode"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "^The picture holds whole numbers .uint8"),
+        (torch.full((1, 8, 8, 3), torch.nan), "^The picture holds 192 values that are not numbers"),
+        ([1, 2], "^What came as image is no picture but list"),
+    ],
+)
+def test_what_is_no_picture_is_told_in_the_host_s_words(model, image, words):
+    with pytest.raises(ValueError, match=words) as caught:
         upscale(model, image)
+    assert "nan_to_num" not in str(caught.value)
+    assert "b c h w" not in str(caught.value)
 
 
 def test_wrong_numbers_are_named(model):
@@ -121,104 +144,132 @@ def test_wrong_numbers_are_named(model):
         upscale(model, picture(), scale=99.0)
 
 
+@pytest.mark.parametrize("run", [upscale, upscale_tiled])
+def test_without_a_loader_the_embedded_model_is_used(run):
+    image = picture(32, 24)
+    expected = host.embedded().gendr.restore(image.movedim(-1, 1), 2.0)
+    assert torch.equal(run(None, image)[0], expected.movedim(1, -1))
+    assert "GenDR-Tiny" in run(None, image)[1]
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize(
+    ("widgets", "expected"),
+    [
+        ({"size_by": "scale", "side": 10, "width": 10, "megapixels": 0.1}, (48, 40)),
+        ({"size_by": "long side", "side": 60}, (60, 50)),
+        ({"size_by": "long side", "side": 12}, (12, 10)),
+        ({"size_by": "short side", "side": 60}, (72, 60)),
+        ({"size_by": "megapixels", "megapixels": 0.003}, (60, 50)),
+        ({"size_by": "width and height", "width": 60, "height": 60}, (60, 50)),
+        ({"size_by": "width and height", "width": 40, "height": 1000}, (48, 40)),
+        ({"size_by": "width and height", "width": 50, "height": 60}, (60, 50)),
+    ],
+)
+def test_every_way_to_say_a_size(model, widgets, expected):
+    for run in (upscale, upscale_tiled):
+        result, report = run(model, picture(), **widgets)[:2]
+        assert tuple(result.shape[1:3]) == expected
+        assert f"{expected[1]}x{expected[0]}" in report
+
+
+@pytest.mark.parametrize("picture_size", [(24, 20), (100, 100), (37, 211), (13, 19), (768, 511)])
+@pytest.mark.parametrize("frame", [(64, 64), (130, 90), (7, 100), (97, 31)])
+def test_a_frame_is_filled_and_never_left(picture_size, frame):
+    size = sizes.target(
+        "width and height",
+        picture=picture_size,
+        scale=4.0,
+        side=1,
+        megapixels=1.0,
+        width=frame[0],
+        height=frame[1],
+    )
+    height, width = Settings(**size).target_size(*picture_size)
+    assert width <= frame[0]
+    assert height <= frame[1]
+    assert width == frame[0] or height == frame[1]
+
+
+def test_a_size_beyond_what_one_step_can_do_is_told(model):
+    with pytest.raises(ValueError, match="at most 8 times"):
+        upscale(model, picture(), size_by="long side", side=4096)
+
+
+def test_a_way_that_does_not_exist_is_told(model):
+    with pytest.raises(ValueError, match=r"^size by must be one of scale, long side"):
+        upscale(model, picture(), size_by="guess")
+
+
 # ---- masks ----
 
 
-def masked(height=200, width=240, box=(80, 120, 100, 140), batch=1):
-    mask = torch.zeros(batch, height, width)
+def test_a_mask_means_what_it_means_in_the_library(model):
+    image, mask = picture(120, 140), torch.zeros(1, 120, 140)
+    mask[:, 60:70, 60:70] = 1
+    result, report = upscale(model, image, mask=mask)
+    expected = model.gendr.restore(image.movedim(-1, 1), 2.0, mask=mask)
+    assert torch.equal(result, expected.movedim(1, -1))
+    assert report.startswith("mask: columns ")
+
+
+def masked(height, width, box):
+    mask = torch.zeros(1, height, width)
     mask[:, box[0] : box[1], box[2] : box[3]] = 1
     return mask
 
 
-def plain(image, size):
-    return region.resize(image.movedim(-1, 1), size).movedim(1, -1)
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.ones(1, 64, 64), "^The mask is 64x64, the picture 20x24"),
+        (torch.zeros(1, 24, 21), "^The mask is 21x24, the picture 20x24"),
+        (torch.ones(3, 8, 8, 3), "^What came as mask has the shape 3x8x8x3.*Convert Image to Mask"),
+        (torch.full((1, 24, 20), torch.nan), "^The mask holds 480 values that are not numbers"),
+        (torch.ones(5), "^What came as mask has the shape 5"),
+        ("mask", "^What came as mask is no mask but str"),
+    ],
+)
+def test_masks_that_do_not_fit_are_told(model, mask, words):
+    with pytest.raises(ValueError, match=words):
+        upscale(model, picture(), mask=mask)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.35, 2.0, 1.2345])
-def test_outside_the_mask_nothing_is_restored(model, scale):
-    image, mask = picture(200, 240), masked()
-    result, report = upscale(model, image, scale=scale, mask=mask)
-    size = result.shape[1:3]
-    changed = (result - plain(image, size)).abs().amax(-1)[0] > 1e-6
-    rows, columns = changed.any(1).nonzero() / scale, changed.any(0).nonzero() / scale
-    edge = region.FEATHER + 2
-    assert 80 - edge <= rows.min() <= 82
-    assert 118 <= rows.max() <= 120 + edge
-    assert 100 - edge <= columns.min() <= 102
-    assert 138 <= columns.max() <= 140 + edge
-    assert report.startswith("mask: ")
-
-
-def test_a_white_mask_is_no_mask(model):
-    image = picture()
-    result, _ = upscale(model, image, mask=torch.ones(1, 24, 20))
-    assert torch.equal(result, upscale(model, image)[0])
-
-
-def test_a_black_mask_only_enlarges(model):
-    image = picture()
-    result, report = upscale(model, image, mask=torch.zeros(1, 24, 20))
-    assert torch.equal(result, plain(image, (48, 40)))
-    assert "nothing was restored" in report
-
-
-def test_only_the_masked_part_is_computed(model, monkeypatch):
-    seen = []
-    restore = type(model.gendr).restore_with_report
-
-    def spy(self, image, *rest, **options):
-        seen.append(tuple(image.shape))
-        return restore(self, image, *rest, **options)
-
-    monkeypatch.setattr(type(model.gendr), "restore_with_report", spy)
-    upscale(model, picture(200, 240), mask=masked())
-    margin = 2 * (region.CONTEXT + region.FEATHER) + 4
-    ((_, _, height, width),) = seen
-    assert height <= 40 + margin < 200
-    assert width <= 40 + margin < 240
-
-
-@pytest.mark.parametrize("scale", [1.35, 2.0, 2.55])
-def test_the_part_lies_where_it_belongs(scale):
-    """With an identity instead of a network the seam between the two ways cannot be seen."""
-    image = torch.linspace(0, 1, 233)[None, None, None].expand(1, 3, 187, -1).contiguous()
-    settings = region.Settings(scale=scale)
-
-    def enlarge(part):
-        return region.resize(part, settings.target_size(*part.shape[-2:])), "report"
-
-    mask = masked(187, 233, (100, 187, 150, 233))
-    result, _ = region.restore_within(mask, image, settings, enlarge)
-    whole = region.resize(image, settings.target_size(187, 233))
-    assert result.shape == whole.shape
-    assert (result - whole).abs().max() < 0.004
-
-
-def test_a_thin_line_does_not_fade():
-    mask = torch.zeros(1, 1, 40, 40)
-    mask[..., 20, :] = 1
-    soft = region.feather(mask)
-    assert (soft[..., 20, :] == 1).all()
-    assert (soft[..., 20 - region.FEATHER - 1, :] == 0).all()
-    assert (soft[0, 0, :20, 5].diff() >= 0).all()
-
-
-def test_masks_of_the_wrong_size_and_number(model):
-    image = picture()
-    with pytest.raises(ValueError, match=r"mask is 64x64, the picture 20x24.*Load Image"):
-        upscale(model, image, mask=torch.zeros(1, 64, 64))
-    with pytest.raises(ValueError, match="scale the mask"):
-        upscale(model, image, mask=torch.zeros(1, 24, 21))
+def test_a_number_of_masks_that_fits_nothing_is_told(model):
     with pytest.raises(ValueError, match="2 masks for 3 pictures"):
         upscale(model, picture(batch=3), mask=torch.zeros(2, 24, 20))
 
 
-def test_one_mask_each(model):
-    images = picture(batch=2)
-    masks = torch.stack([torch.zeros(24, 20), torch.ones(24, 20)])
-    result, _ = upscale(model, images, mask=masks)
-    assert torch.equal(result[:1], plain(images[:1], (48, 40)))
-    assert torch.equal(result[1:], upscale(model, images[1:])[0])
+def test_the_black_mask_of_load_image_is_none(model):
+    result, report = upscale(model, picture(), mask=torch.zeros(1, 64, 64))
+    assert torch.equal(result, upscale(model, picture())[0])
+    assert "mask" not in report
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (1, 24, 20), (1, 1, 24, 20), (1, 24, 20, 1)], ids=str)
+def test_a_mask_may_come_in_any_order(model, shape):
+    mask = masked(24, 20, (4, 9, 5, 11))
+    expected, _ = upscale(model, picture(), mask=mask)
+    assert torch.equal(upscale(model, picture(), mask=mask.reshape(shape))[0], expected)
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 2, 3])
+def test_a_mask_of_the_same_shape_is_scaled(factor):
+    pixels = torch.zeros(1, 3, 80, 120)
+    small = masked(
+        int(80 * factor), int(120 * factor), tuple(int(v * factor) for v in (16, 32, 40, 80))
+    )
+    scaled = wires.checked_mask(small, pixels)
+    assert scaled.shape == (1, 80, 120)
+    expected = masked(80, 120, (16, 32, 40, 80))
+    assert abs(float(scaled.mean() - expected.mean())) < 0.01
+    assert (scaled[0, 18:30, 42:78] == 1).all()
+    # A pixel of the smaller mask may spread over its neighbours.
+    reach = int(max(1, 1 / factor))
+    assert not scaled[0, : 16 - reach].any()
+    assert not scaled[0, :, : 40 - reach].any()
 
 
 # ---- texts and defaults ----
@@ -226,11 +277,12 @@ def test_one_mask_each(model):
 
 @pytest.mark.parametrize("name", NODES)
 def test_defaults_are_the_project_s(name):
-    settings = region.Settings()
+    settings = Settings()
     renamed = {"tile_size": "tile"}
     for key, spec in inputs_of(NODES[name]).items():
         field = renamed.get(key, key)
-        if hasattr(settings, field):
+        # A target size has no default: it counts only where the person asks for one.
+        if getattr(settings, field, None) is not None:
             assert spec[1]["default"] == getattr(settings, field), key
 
 
@@ -302,6 +354,40 @@ def test_the_door_opens_only_inside_comfyui(folder, tmp_path):
         subprocess.run(command, cwd=place, check=True, timeout=60)
 
 
+@pytest.fixture
+def queue(monkeypatch):
+    """What the host runs at the moment: graphs in API format."""
+    running = {}
+    instance = SimpleNamespace(prompt_queue=SimpleNamespace(currently_running=running))
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
+    monkeypatch.setattr(host, "server", server, raising=False)
+    return running
+
+
+@pytest.mark.parametrize(
+    ("wire", "expected"), [(["4", 2], True), ([4, 2], True), (["4", 0], False), (7, False)]
+)
+def test_a_map_is_taken_where_a_wire_says_so(queue, monkeypatch, wire, expected):
+    monkeypatch.setattr(host, "HOSTED", True)
+    queue[0] = (0, "id", {"4": {"inputs": {}}, "9": {"inputs": {"images": wire}}}, {}, [])
+    assert host.taken("4", 2) is expected
+    assert NODES["TiledGenDR"].IS_CHANGED(unique_id="4", image=None) is expected
+
+
+def test_a_map_is_made_where_nobody_can_say(queue, monkeypatch):
+    assert host.taken("4", 2)
+    monkeypatch.setattr(host, "HOSTED", True)
+    assert host.taken(None, 2)
+    assert host.taken("4", 2)
+    queue[0] = (0, "id", {"9": {"inputs": {}}}, {}, [])
+    assert host.taken("4", 2)
+
+
+def test_a_map_that_nobody_takes_is_not_made(model, monkeypatch):
+    monkeypatch.setattr(host, "taken", lambda node, output: False)
+    assert upscale_tiled(model, picture(), unique_id="4")[2] is None
+
+
 class FakePatcher:
     def __init__(self, size, loaded, device="cuda", dynamic=False):
         self.load_device = torch.device(device)
@@ -324,7 +410,7 @@ def management(monkeypatch):
         get_free_memory=lambda device: 1000,
         extra_reserved_memory=lambda: 100,
         loaded_models=list,
-        OOM_EXCEPTION=torch.OutOfMemoryError,
+        OOM_EXCEPTION=torch.cuda.OutOfMemoryError,
         emptied=0,
     )
 
@@ -353,7 +439,7 @@ def test_memory_to_plan_with(management):
 
 
 def test_out_of_memory_in_old_and_new_versions(management):
-    assert host.is_oom(torch.OutOfMemoryError())
+    assert host.is_oom(torch.cuda.OutOfMemoryError())
     assert management.emptied == 1
     assert not host.is_oom(ValueError())
     management.is_oom = lambda error: "CUDA error 2" in str(error)

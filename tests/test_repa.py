@@ -139,10 +139,10 @@ def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
 
     model = gendr.load(out / "model.safetensors", device="cpu", dtype="fp32")
     assert model.restore(torch.rand(1, 3, 10, 12), 4).shape == (1, 3, 40, 48)
-    assert model.header["training_step"] == 5
-    assert model.header["licence"] == "Apache-2.0"
-    assert {f["part"] for f in model.header["bases"]} == {"unet", "vae", "prompts", "encoder"}
-    assert not any("/" in str(fact.get("id")) for fact in model.header["bases"])
+    assert model.header.training_step == 5
+    assert model.header.licence == "Apache-2.0"
+    assert {f["part"] for f in model.header.bases} == {"unet", "vae", "prompts", "encoder"}
+    assert not any("/" in str(fact.get("id")) for fact in model.header.bases)
     _, tensors = checkpoint.read(out / "model.safetensors")
     embeds = checkpoint.split(tensors)["embeds"]
     assert set(embeds) == {"positive", "negative", "null"}
@@ -152,7 +152,7 @@ def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
     own, start = checkpoint.split(tensors)["vae"], checkpoint.read(latent)[1]
     assert all(torch.equal(v, start[f"vae.{k}"].half()) for k, v in own.items())
     Projector(8, 16).load_state_dict(
-        gendr.files.checkpoint.read_file(out / "projector.safetensors")[1]
+        gendr.files.checkpoint.read_file(out / "projector.safetensors").tensors
     )
     assert capsys.readouterr().out.strip().endswith("model.safetensors")
 
@@ -191,8 +191,8 @@ def test_from_public_weights_with_captions(dino, tmp_path):
     assert (model.network.config.vae.scaling_factor, model.network.config.vae.shift_factor) == (
         0.3, 0.1,
     )  # fmt: skip
-    assert model.header["prompts"]["positive"].startswith("realism photo")
-    assert [f["id"] for f in model.header["bases"]] == ["vae", "sd", "sd", "dino0"]
+    assert model.header.prompts["positive"].startswith("realism photo")
+    assert [f["id"] for f in model.header.bases] == ["vae", "sd", "sd", "dino0"]
 
 
 def test_what_is_exported_is_the_average(latent, pairs, tmp_path):

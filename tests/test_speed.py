@@ -489,13 +489,13 @@ def planned(size: int, free: float, **options) -> plan.Plan:
 
 def test_a_fast_plan_for_a_large_card():
     one = planned(1024, 70)
-    assert (one.mode, one.strips, one.on_device) == ("strips", False, True)
+    assert (one.mode, one.strips, one.on_device) == ("latent_tiles", False, True)
     assert one.tiles % one.tile_batch == 0
     four = planned(4096, 8, tile=768)
     assert (four.mode, four.tiles, four.tile_batch, four.on_device) == ("tiles", 49, 7, True)
     assert four.bytes_needed <= four.free_bytes
     eager = planned(1024, 70, facts={"speed": "eager", "on_device": False})
-    assert (eager.mode, eager.strips, eager.tile_batch) == ("strips", True, 1)
+    assert (eager.mode, eager.strips, eager.tile_batch) == ("latent_tiles", True, 1)
 
 
 def test_what_waits_beside_a_pass_is_counted():

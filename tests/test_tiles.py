@@ -305,6 +305,26 @@ def test_seam_score_without_seams_is_one():
     assert seam_score(picture(121, 3), grid) == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.parametrize("factor", [4, 8, 16])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_grid_of_the_picture_is_one_of_its_latent_too(factor, seed):
+    draw = random.Random(seed)
+    multiple = factor * draw.choice([1, 2, 4, 8])
+    height, width = (multiple * draw.randint(1, 60) for _ in range(2))
+    tile = multiple * draw.randint(4, 12)
+    overlap = factor * draw.randint(0, tile // factor // 3)
+    there = fit_grid(height, width, tile, overlap, multiple)
+    here = fit_grid(
+        height // factor, width // factor, tile // factor, overlap // factor, multiple // factor
+    )
+    assert there.reduced(factor) == here
+
+
+def test_a_grid_off_the_latents_positions_is_refused():
+    with pytest.raises(ValueError, match="multiples of 16"):
+        fit_grid(64, 72, 48, 16, 8).reduced(16)
+
+
 # recovering
 
 

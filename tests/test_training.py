@@ -76,7 +76,7 @@ def test_resume_equals_uninterrupted(pairs, trained_autoencoder, tmp_path, monke
 
     model = gendr.load(tmp_path / "whole" / "model.safetensors", device="cpu")
     assert model.restore(torch.rand(1, 3, 16, 16), 4).shape == (1, 3, 64, 64)
-    assert model.header["training_step"] == 3
+    assert model.header.training_step == 3
     lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     assert any("psnr_to_teacher" in json.loads(line) for line in lines)
 

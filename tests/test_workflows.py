@@ -13,23 +13,29 @@ WORKFLOWS = sorted((pack.ROOT / "workflows").glob("*.json"))
 API = sorted((pack.ROOT / "tests" / "api").glob("*.json"))
 SAVED = sorted((pack.ROOT / "tests" / "saved").glob("*.json"))
 NODES = pack.nodes().NODE_CLASS_MAPPINGS
-# Core nodes that exist since ComfyUI 0.3.64, the oldest supported version, and their widgets.
+# Core nodes and their widgets. They exist since ComfyUI 0.3.64, the oldest supported version, but
+# for those of `LATER`.
 CORE = {
     "CLIPTextEncode": ["text"],
     "CheckpointLoaderSimple": ["ckpt_name"],
+    "CreateVideo": ["fps"],
     "EmptyLatentImage": ["width", "height", "batch_size"],
-    "ImageBatch": [],
+    "GetVideoComponents": [],
+    "ImageCompare": [],
     "KSampler": [
         *("seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler"),
         "denoise",
     ],
     "LoadImage": ["image", "upload"],
+    "LoadVideo": ["file", "upload"],
     "MarkdownNote": ["text"],
     "PreviewAny": [],
     "PreviewImage": [],
     "SaveImage": ["filename_prefix"],
+    "SaveVideo": ["filename_prefix", "format", "codec"],
     "VAEDecode": [],
 }
+LATER = {"ImageCompare": "0.14.0"}
 KINDS = {"INT": int, "FLOAT": (int, float), "BOOLEAN": bool, "STRING": str}
 # Names that ComfyUI takes for the folder of templates; only one may exist.
 TEMPLATE_FOLDERS = ("example_workflows", "example", "examples", "workflow", "workflows")
@@ -62,6 +68,19 @@ def fits(value: object, spec: tuple) -> bool:
     )
 
 
+def clear(nodes: dict, source: dict, target: dict) -> bool:
+    """Whether no third node lies between two that are joined, in their common rows."""
+    right, left = source["pos"][0] + source["size"][0], target["pos"][0]
+    top, bottom = sorted((source["pos"][1] + 40, target["pos"][1] + 40))
+    return right <= left and not any(
+        node not in (source, target)
+        and right < node["pos"][0] + node["size"][0] / 2 < left
+        and node["pos"][1] < bottom + 1
+        and top - 1 < node["pos"][1] + node["size"][1]
+        for node in nodes.values()
+    )
+
+
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -70,8 +89,8 @@ def name_of(path):
     return path.stem
 
 
-def test_there_are_four_and_one_folder():
-    assert len(WORKFLOWS) == 4
+def test_they_are_numbered_and_in_one_folder():
+    assert [path.name[:2] for path in WORKFLOWS] == [f"{n} " for n in range(1, 8)]
     assert [f for f in TEMPLATE_FOLDERS if (pack.ROOT / f).exists()] == ["workflows"]
 
 
@@ -100,7 +119,14 @@ def test_nodes_say_where_they_come_from(path):
     for node in read(path)["nodes"]:
         if node["type"] == "MarkdownNote":
             continue
-        origin = (name, version) if node["type"] in NODES else ("comfy-core", "0.3.64")
+        origin = (
+            (name, version)
+            if node["type"] in NODES
+            else (
+                "comfy-core",
+                LATER.get(node["type"], "0.3.64"),
+            )
+        )
         properties = node["properties"]
         assert (properties["cnr_id"], properties["ver"]) == origin
         assert properties["Node name for S&R"] == node["type"]
@@ -117,6 +143,8 @@ def test_links_agree_on_both_ends(path):
         assert nodes[target]["inputs"][into]["link"] == link
         assert nodes[target]["inputs"][into]["type"] in (kind, "*")
         links[link] = True
+        # A wire that runs behind a node cannot be followed.
+        assert clear(nodes, nodes[source], nodes[target]), (source, target)
     for node in graph["nodes"]:
         assert all(s["link"] is None or s["link"] in links for s in node["inputs"])
     assert len(links) == len(graph["links"]) == graph["last_link_id"]
@@ -139,13 +167,47 @@ def test_has_an_api_copy_that_asks_for_the_same(path):
     graph = read(path)
     wanted = sorted(n["type"] for n in graph["nodes"] if n["type"] != "MarkdownNote")
     assert sorted(node["class_type"] for node in copy.values()) == wanted
-    for node in copy.values():
+    for number, node in copy.items():
         if node["class_type"] not in NODES:
             continue
         values = {k: v for k, v in node["inputs"].items() if not isinstance(v, list)}
-        saved = next(n for n in graph["nodes"] if n["type"] == node["class_type"])
+        saved = next(n for n in graph["nodes"] if str(n["id"]) == number)
         widgets = widgets_of(node["class_type"])
         assert values == dict(zip(widgets, saved["widgets_values"], strict=True))
+
+
+def test_checkpoints_come_with_a_place_to_get_them():
+    nodes = [node for path in WORKFLOWS for node in read(path)["nodes"]]
+    loaders = [node for node in nodes if node["type"] == "CheckpointLoaderSimple"]
+    assert loaders
+    for node in loaders:
+        (model,) = node["properties"]["models"]
+        assert model["name"] == node["widgets_values"][0]
+        assert model["url"].startswith("https://")
+        assert model["name"] in model["url"]
+        assert model["directory"] == "checkpoints"
+
+
+def test_the_blueprint_is_one_node_with_the_widgets_that_count():
+    (path,) = (pack.ROOT / "subgraphs").glob("*.json")
+    graph = read(path)
+    (subgraph,) = graph["definitions"]["subgraphs"]
+    (instance,) = graph["nodes"]
+    assert instance["type"] == subgraph["id"]
+    assert instance["title"] == subgraph["name"] == path.stem
+    inner = {str(node["id"]): node for node in subgraph["nodes"]}
+    for number, widget in instance["properties"]["proxyWidgets"]:
+        assert widget in widgets_of(inner[number]["type"])
+    for node in inner.values():
+        widgets = widgets_of(node["type"])
+        assert len(node["widgets_values"]) == len(widgets)
+        assert [slot["name"] for slot in node["inputs"] if "widget" in slot] == list(widgets)
+    for side in ("inputs", "outputs"):
+        assert [s["name"] for s in instance[side]] == [s["name"] for s in subgraph[side]]
+    for link in subgraph["links"]:
+        if link["target_id"] > 0:
+            slot = inner[str(link["target_id"])]["inputs"][link["target_slot"]]
+            assert (slot["link"], slot["type"]) == (link["id"], link["type"])
 
 
 @pytest.mark.parametrize("path", SAVED, ids=name_of)

@@ -201,7 +201,9 @@ class Training:
     def export(self, step: int) -> None:
         """model.safetensors and both adapters; a numbered copy of the model now and then."""
         model, folder = self.model(), self.run.folder
-        header = {**self.networks.header, "name": self.settings.name, "training_step": step}
+        header = dataclasses.replace(
+            self.networks.header, name=self.settings.name, training_step=step
+        )
         checkpoint.save(folder / "model.safetensors", model.network, header)
         if self.networks.scores is not None:
             self.networks.scores.save(folder / "adapters")

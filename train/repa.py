@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gendr.files import checkpoint
+from gendr.files.header import Header
 from gendr.networks.onestep import Unfolded
 from train import recipe
 from train.atomic import replacing
@@ -189,7 +190,7 @@ class Training:
         unet = f.denoiser.unet
         network = Unfolded(f.config, f.vae, unet, f.prompts.fixed.embeds)
         path = folder / "model.safetensors"
-        checkpoint.save(path, network, checkpoint.make_header(f.config, name=s.name, **facts))
+        checkpoint.save(path, network, Header(config=f.config, name=s.name, **facts))
         if phase is not None and len(s.phases) > 1:
             n = s.plan().index(phase) + 1
             copy = folder / f"model-{n}-{phase.kind}-{phase.size}.safetensors"

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gendr.files import checkpoint
+from gendr.files.header import Header
 from gendr.networks.onestep import StepConfig, Unfolded
 from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
@@ -84,7 +85,7 @@ def export(path: Path, network: Unfolded, name: str, step: int) -> None:
         "training_step": step,
         "prompts": {"positive": "learned, not made from words"},
     }
-    header = checkpoint.make_header(network.config, name=name, **facts)
+    header = Header(config=network.config, name=name, **facts)
     checkpoint.save(path, network, header, dtype="fp16")
 
 

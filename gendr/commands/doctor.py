@@ -192,24 +192,20 @@ def golden(model: GenDR) -> list[float] | None:
         record = json.loads(golden_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record["values"] if record.get("sha256") == identity(model) else None
+    return record["values"] if record.get("sha256") == model.header.sha256 else None
 
 
 def store_golden() -> Path:
     """After new weights were put in: `python -m gendr.commands.doctor`."""
     model = checkpoint.load(device="cpu", dtype="fp32")
     values = [round(value, 5) for value in fingerprint(model)]
-    record = {"sha256": identity(model), "values": values}
+    record = {"sha256": model.header.sha256, "values": values}
     golden_path().write_text(json.dumps(record) + "\n", encoding="utf-8")
     return golden_path()
 
 
 def golden_path() -> Path:
     return Path(checkpoint.EMBEDDED).parent / "golden.json"
-
-
-def identity(model: GenDR) -> str:
-    return str(model.header.get("sha256"))
 
 
 def file_digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Model files: read, check, describe, write.
+"""GenDR's model files: load, read, describe, write.
 
 A GenDR checkpoint is one safetensors file that needs nothing else: `unet.*`, `vae.*` (diffusers'
 names), `embeds.positive|negative|null`, and a header under the metadata key `gendr` that says what
@@ -9,36 +9,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import re
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..devices import Precision, choose_device, choose_precision
+from ..devices import TORCH_DTYPES, Precision, choose_device, choose_precision
 from ..model import GenDR
-from ..networks.onestep import OneStep, Step, StepConfig, Unfolded, build, fold_state
-from ..networks.unet import UNet
+from ..networks.onestep import Step, StepConfig, Unfolded, build, fold_state
+from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE
 from ..settings import SPEEDS
 from . import layouts
-from .shapes import CheckpointError, recognise, unet_config, vae_config
+from .header import METADATA, STORED, Header, Newer, printable, shown
+from .reading import EXTENSIONS as EXTENSIONS
+from .reading import (
+    SAFETENSORS,
+    File,
+    check_exists,
+    check_numbers,
+    first_line,
+    naming,
+    outline,
+    read_file,
+)
+from .shapes import CheckpointError, check_tensors, recognise, unet_config, vae_config
 
-FORMAT, FOLDED, VERSION = "gendr", "gendr-folded", 1
-METADATA = "gendr"
-EXTENSIONS = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 WEIGHTS = Path(__file__).parent.parent / "weights"
 EMBEDDED = WEIGHTS / "gendr-tiny.safetensors"
-# torch writes terminal colours into its messages.
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-# A model of unknown origin is run on tiles of SD2.1's own size.
-UNKNOWN_TILE = 512
 
 
 def load(
@@ -67,26 +73,19 @@ def load(
     """
     path = Path(path) if path is not None else EMBEDDED
     place = choose_device(device)
+    header, state = read(path, base)
+    if not fold:
+        check_full(header, path, "has neither timestep nor prompt left to choose")
     precision = choose_precision(place if runs_on is None else torch.device(runs_on), dtype)
-    header, tensors = read(path, base)
-    check_finite(tensors, path)
-    config = StepConfig.from_dict(header["config"])
-    if header["format"] == FOLDED:
-        if not fold:
-            raise CheckpointError(
-                f"{path.name} is a folded export, fixed to one step: use the checkpoint it was "
-                "made from"
-            )
-        state = tensors
-    elif fold:
-        parts = split(tensors)
-        config, state = fold_state(config, parts["unet"], parts["vae"], parts["embeds"])
-    else:
-        state = tensors
-    state = {k: v.to(dtype_of(k, precision)) for k, v in state.items()}
-    with readable(path, header):
+    with naming(path):
+        config = header.config
+        if fold and not header.folded:
+            parts = split(state)
+            config, state = fold_state(config, parts["unet"], parts["vae"], parts["embeds"])
+        state = {k: v.to(dtype_of(k, precision)) for k, v in state.items()}
+        network: Step
         if fold:
-            network: Step = build(config, state, operations=operations or nn)
+            network = build(config, state, operations=operations or nn)
         else:
             network = unfolded(config, state, operations=operations or nn)
     arrange(network, place)
@@ -136,137 +135,177 @@ def split(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-class readable:
-    """Turns torch's list of keys into a sentence."""
-
-    def __init__(self, path: Path, header: dict[str, Any]):
-        self.path, self.header = path, header
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (RuntimeError, KeyError)):
-            lines = [line.strip() for line in str(error).splitlines()]
-            missing = next((x for x in lines if x.startswith("Missing")), lines[-1])
-            raise CheckpointError(
-                f"{self.path.name} is incomplete or of another shape than its header says: get "
-                f"the file again ({missing[:200]})"
-            ) from error
+Model = tuple[Header, dict[str, Tensor]]
 
 
-def read(path: Path, base: str | Path | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(header, tensors) of any layout that `load` takes, under GenDR's own names."""
-    if path.is_dir():
-        return read_folder(path)
-    metadata, tensors = read_file(path)
-    if METADATA in metadata:
-        return checked_header(path, metadata[METADATA]), tensors
-    if is_lora(tensors):
-        header, whole = read_base(path, base, "a LoRA")
-        alpha = lora_alpha(path, metadata)
-        try:
-            merged = layouts.merge_lora(split(whole)["unet"], tensors, alpha)
-        except ValueError as error:
-            raise CheckpointError(f"{path.name}: {error}") from error
-    elif any(k.startswith("unet.conv_in.") for k in tensors) and any(
-        k.startswith("vae.") for k in tensors
-    ):
-        return headerless(path, tensors)
-    else:
-        unet, config = bare_unet(path, tensors)
-        if base is None and any(k.startswith(layouts.LDM_VAE) for k in tensors):
-            return read_base(path, base, "a single-file Stable Diffusion model without prompts")
-        header, whole = read_base(path, base, "a UNet on its own")
-        step = StepConfig.from_dict(header["config"])
-        if config.latent_channels != step.vae.latent_channels:
-            raise CheckpointError(
-                f"{path.name} works on {config.latent_channels} latent channels, the base on "
-                f"{step.vae.latent_channels}: choose a base with the same latent"
-            )
-        header["config"] = replace(step, unet=config).as_dict()
-        merged = unet
-    header["name"] = path.stem
-    rest = {k: v for k, v in whole.items() if not k.startswith("unet.")}
-    return header, {**{f"unet.{k}": v for k, v in merged.items()}, **rest}
+class Layout(NamedTuple):
+    """One kind of file: whether a file is of it, and how its header and tensors are read."""
+
+    fits: Callable[[File], bool]
+    read: Callable[[File, Path | None], Model]
 
 
-def read_base(
-    path: Path, base: str | Path | None, what: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path, base: str | Path | None = None) -> Model:
+    """(header, tensors) of any layout that `load` takes, under GenDR's own names.
+
+    Whole and undamaged: every tensor that the header's networks need is there in its shape, all
+    values are finite, and they have the header's SHA-256. FileNotFoundError or CheckpointError.
+    """
+    base = None if base is None else Path(base)
+    with naming(path):
+        if path.is_dir():
+            header, tensors = read_folder(path)
+        else:
+            file = read_file(path)
+            layout = next((known for known in LAYOUTS if known.fits(file)), None)
+            if layout is None:
+                raise CheckpointError(f"it is {recognise(file.tensors)}; GenDR can't run it")
+            header, tensors = layout.read(file, base)
+        check_tensors(header.config, tensors)
+        check_numbers(tensors)
+        check_finite(tensors, path)
+        check_digest(header, tensors)
+    return header, tensors
+
+
+def read_ours(file: File, base: Path | None) -> Model:
+    """A GenDR checkpoint, full or folded."""
+    return checked_header(file.path, file.metadata[METADATA]), file.tensors
+
+
+def read_lora(file: File, base: Path | None) -> Model:
+    """A peft LoRA merged into its base."""
+    header, whole = read_base(file.path, base, "a LoRA")
+    alpha = lora_alpha(file.path, file.metadata)
+    check_numbers(file.tensors)
+    try:
+        merged = layouts.merge_lora(split(whole)["unet"], file.tensors, alpha)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return in_base(file.path, header, whole, merged, header.config.unet)
+
+
+def read_headerless(file: File, base: Path | None) -> Model:
+    """A file under our names that lost its header (another program saved it again)."""
+    parts = split(file.tensors)
+    try:
+        config = StepConfig(unet=unet_config(parts["unet"]), vae=vae_config(parts["vae"]))
+        header = Header(config=config, name=name_of(file.path))
+        check_tensors(config, file.tensors)
+    except ValueError as error:
+        raise CheckpointError(
+            "it lost its header, which said how its networks are built, and the shapes of its tensors "
+            f"don't tell: another program saved it again, so get the original file ({error})"
+        ) from error
+    return header, file.tensors
+
+
+def read_unet(file: File, base: Path | None) -> Model:
+    """A UNet on its own, in its base."""
+    unet, config = bare_unet(file.path, file.tensors)
+    what = "a UNet on its own"
+    if any(k.startswith(layouts.LDM_VAE) for k in file.tensors):
+        what = "a single-file Stable Diffusion model without prompts"
+    header, whole = read_base(file.path, base, what)
+    ours = header.config.vae.latent_channels
+    if config.latent_channels != ours:
+        raise CheckpointError(
+            f"{file.name} works on {config.latent_channels} latent channels, the base on {ours}: "
+            "choose a base with the same latent"
+        )
+    return in_base(file.path, header, whole, unet, config)
+
+
+def in_base(
+    path: Path,
+    base: Header,
+    tensors: dict[str, Tensor],
+    unet: dict[str, Tensor],
+    config: UNetConfig,
+) -> Model:
+    """A base with another UNet, under the name of the file that gave it."""
+    header = replace(
+        base, config=replace(base.config, unet=config), name=name_of(path), sha256=None
+    )
+    rest = {k: v for k, v in tensors.items() if not k.startswith("unet.")}
+    return header, {**{f"unet.{k}": v for k, v in unet.items()}, **rest}
+
+
+def has_header(file: File) -> bool:
+    return METADATA in file.metadata
+
+
+def is_lora(file: File) -> bool:
+    return any(".lora_A" in name for name in file.tensors)
+
+
+def is_headerless(file: File) -> bool:
+    starts = ("unet.conv_in.", "vae.")
+    return all(any(name.startswith(start) for name in file.tensors) for start in starts)
+
+
+def is_unet(file: File) -> bool:
+    ldm = any(name.startswith(layouts.LDM_UNET) for name in file.tensors)
+    return ldm or layouts.strip_prefixes(file.tensors) is not None
+
+
+# The first that fits is taken: a GenDR checkpoint has a UNet in it, too.
+LAYOUTS = (
+    Layout(has_header, read_ours),
+    Layout(is_lora, read_lora),
+    Layout(is_headerless, read_headerless),
+    Layout(is_unet, read_unet),
+)
+
+
+def name_of(path: Path) -> str:
+    """The name of a model that has none but its file's."""
+    return printable(path.stem)[:200] or "unnamed"
+
+
+def read_base(path: Path, base: Path | None, what: str) -> Model:
     """The checkpoint that supplies what a file lacks."""
     if base is None:
         raise CheckpointError(
             f"{path.name} is {what}: give the GenDR checkpoint that it belongs to as base"
         )
-    header, tensors = read(Path(base))
-    if header["format"] != FORMAT:
-        raise CheckpointError(f"{Path(base).name} is folded and can't be a base: use a full one")
+    header, tensors = read(base)
+    check_full(header, base, "can't be a base")
     return header, tensors
 
 
-def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of one file. FileNotFoundError or CheckpointError with a sentence."""
-    check_exists(path)
-    if path.suffix.lower() in (".safetensors", ".sft"):
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path.name} is not a whole safetensors file: it was cut short while loading, or "
-                f"is something else under this name; get it again ({error})"
-            ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds here, all meaning the same
+def check_full(header: Header, path: Path, why: str) -> None:
+    """CheckpointError for a folded file where a full one is needed."""
+    if header.folded:
         raise CheckpointError(
-            f"{path.name} can't be read as plain tensors and is not executed: use a safetensors "
-            f"file ({COLOURS.sub('', str(error)).splitlines()[0][:160]})"
-        ) from error
-    for key in ("params_ema", "ema", "params", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path.name} holds no named tensors: it is not a model file")
-    return {}, {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+            f"{path.name} is folded into one step and {why}: use the checkpoint it was made from"
+        )
 
 
-def check_exists(path: Path) -> None:
-    """FileNotFoundError or CheckpointError for what is not a file with something in it."""
-    if not path.exists():
-        if path == EMBEDDED:
-            raise FileNotFoundError(
-                f"{path.name} is missing from the package: install it again, or name a model file"
-            )
-        raise FileNotFoundError(f"no model file at {path}: check the name and the folder")
-    if path.is_file() and path.stat().st_size == 0:
-        raise CheckpointError(f"{path.name} is empty (0 bytes): get it again")
+def read_header(path: Path) -> Header:
+    """A GenDR checkpoint's header alone; CheckpointError for another file."""
+    with naming(path):
+        if path.is_dir():
+            return read_folder(path)[0]
+        file = read_file(path)
+        if not has_header(file):
+            raise CheckpointError(f"it is {recognise(file.tensors)}, not a GenDR checkpoint")
+        return checked_header(path, file.metadata[METADATA])
 
 
-def checked_header(path: Path, text: str) -> dict[str, Any]:
+def checked_header(path: Path, text: str) -> Header:
     """The header of a GenDR file, if this program can read it."""
     try:
-        header = json.loads(text)
-        header["format"], header["version"], header["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path.name} has a damaged header: get it again") from error
-    if header["format"] not in (FORMAT, FOLDED) or header["version"] > VERSION:
+        return Header.parse(text)
+    except Newer as error:
+        raise CheckpointError(f"{path.name} {error}") from error
+    except ValueError as error:
         raise CheckpointError(
-            f"{path.name} is of format {header['format']} {header['version']}, this program reads "
-            f"up to {FORMAT} {VERSION}: update it"
-        )
-    return header
+            f"{path.name} has a header that can't be used: {error}; get the file again"
+        ) from error
 
 
-def headerless(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A file under our names that lost its header (another program saved it again)."""
-    parts = split(tensors)
-    config = StepConfig(unet=unet_config(parts["unet"]), vae=vae_config(parts["vae"]))
-    return make_header(config, name=path.stem), tensors
-
-
-def bare_unet(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+def bare_unet(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], UNetConfig]:
     """A UNet under any of the known names, and its shape."""
     if any(k.startswith(layouts.LDM_UNET) for k in tensors):
         n = len(layouts.LDM_UNET)
@@ -282,24 +321,43 @@ def bare_unet(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     return state, config
 
 
-def is_lora(tensors: Iterable[str]) -> bool:
-    """Whether these are names of a LoRA."""
-    return any(".lora_A" in name for name in tensors)
-
-
 def lora_alpha(path: Path, metadata: dict[str, str]) -> float:
     """peft's lora_alpha, from the file's metadata or the adapter_config.json beside it."""
-    if "lora_alpha" in metadata:
-        return float(metadata["lora_alpha"])
     beside = path.with_name("adapter_config.json")
-    if beside.exists():
-        return float(json.loads(beside.read_text(encoding="utf-8"))["lora_alpha"])
-    raise CheckpointError(
-        f"{path.name} doesn't say its lora_alpha: put peft's adapter_config.json beside it"
-    )
+    if "lora_alpha" in metadata:
+        found: Any = metadata["lora_alpha"]
+    elif beside.exists():
+        found = read_json(beside).get("lora_alpha")
+    else:
+        raise CheckpointError(
+            f"{path.name} doesn't say its lora_alpha: put peft's adapter_config.json beside it"
+        )
+    try:
+        alpha = float(found)
+    except (TypeError, ValueError):
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise CheckpointError(
+            f"{path.name} has the lora_alpha {shown(found)}, which must be a number above 0: get the "
+            "LoRA again, or correct it in peft's adapter_config.json"
+        )
+    return alpha
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file; CheckpointError where it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        values = None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: get it again ({first_line(error)})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is missing or holds no settings: get it again")
+    return values
+
+
+def read_folder(folder: Path) -> Model:
     """A diffusers folder: `unet/`, `vae/`, `embeds.safetensors`, and `gendr.json` where it is ours."""
     tensors: dict[str, Tensor] = {}
     for part in ("unet", "vae"):
@@ -309,58 +367,54 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise CheckpointError(
                 f"{folder} is not a diffusers folder: {part}/{names[0]} is missing"
             )
-        tensors |= {f"{part}.{k}": v for k, v in read_file(file)[1].items()}
+        tensors |= {f"{part}.{k}": v for k, v in read_file(file).tensors.items()}
     embeds = folder / "embeds.safetensors"
     if not embeds.exists():
         raise CheckpointError(
             f"{folder} has no embeds.safetensors (the fixed prompts): make it with train.embeddings"
         )
-    tensors |= {f"embeds.{k}": v for k, v in read_file(embeds)[1].items()}
+    tensors |= {f"embeds.{k}": v for k, v in read_file(embeds).tensors.items()}
     ours = folder / "gendr.json"
     if ours.exists():
-        return checked_header(ours, ours.read_text(encoding="utf-8")), tensors
+        # Its SHA-256 is of tensors in one file, whose dtypes and prompts may have been others.
+        return replace(checked_header(ours, json.dumps(read_json(ours))), sha256=None), tensors
     parts = split(tensors)
-    vae = vae_config(parts["vae"])
-    values = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    vae = replace(
-        vae,
-        scaling_factor=float(values.get("scaling_factor", vae.scaling_factor)),
-        shift_factor=values.get("shift_factor"),
-    )
+    values = read_json(folder / "vae" / "config.json")
+    try:
+        vae = replace(
+            vae_config(parts["vae"]),
+            **{k: values[k] for k in ("scaling_factor", "shift_factor") if k in values},
+        )
+        config = StepConfig(unet=unet_config(parts["unet"]), vae=vae)
+        header = Header(config=config, name=name_of(folder))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder} can't be used: {error}; get vae/config.json and the weights again"
+        ) from error
     tensors = {
         **{k: v for k, v in tensors.items() if not k.startswith("vae.")},
         **{f"vae.{k}": v for k, v in layouts.vae(parts["vae"], vae).items()},
     }
-    config = StepConfig(unet=unet_config(parts["unet"]), vae=vae)
-    return make_header(config, name=folder.name), tensors
+    return header, tensors
 
 
 def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     """CheckpointError naming the first tensor with NaN or infinity."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{path.name} is damaged: {name} holds NaN or infinity; get the file again, or "
                 "export an earlier training step"
             )
 
 
-def make_header(config: StepConfig, *, name: str, **facts: Any) -> dict[str, Any]:
-    """What a checkpoint says about itself; facts override the defaults."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "name": name,
-        "config": config.as_dict(),
-        "scale": 4,
-        "tile": UNKNOWN_TILE,
-        "guidance": 1.0,
-        "prompts": {},
-        "licence": None,
-        "bases": [],
-        "training_step": None,
-        **facts,
-    }
+def check_digest(header: Header, tensors: dict[str, Tensor]) -> None:
+    """CheckpointError where the weights are not those that the header was written for."""
+    if header.sha256 and digest(tensors) != header.sha256:
+        raise CheckpointError(
+            "its weights are not those that it was saved with (the SHA-256 in its header is of "
+            "others): it is damaged, or another program changed it; get the file again"
+        )
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -369,34 +423,34 @@ def digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
-def save(path: str | Path, network: Step, header: dict[str, Any], *, dtype: str = "fp16") -> None:
-    """Write a network and its header as one safetensors file, atomically.
+def save(path: str | Path, network: Step, header: Header, *, dtype: str = STORED) -> None:
+    """Write a network and its header as one safetensors file, complete or not at all.
 
-    network: `Unfolded` gives a checkpoint, `OneStep` the folded kind. header: see `make_header`.
+    network: `Unfolded` gives a checkpoint, `OneStep` the folded kind. header: what it says besides
+    the facts that follow from the network. CheckpointError where the file can't be written.
     """
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     # Copies: weights that `gendr.speed` joined share memory, which the format has no word for.
     tensors = {
-        k: v.detach().to("cpu", kind, copy=True).contiguous()
+        k: v.detach().to("cpu", TORCH_DTYPES[dtype], copy=True).contiguous()
         for k, v in network.state_dict().items()
     }
-    header = {
-        **header,
-        "format": FOLDED if isinstance(network, OneStep) else FORMAT,
-        "config": network.config.as_dict(),
-        "dtype": dtype,
-        "sha256": digest(tensors),
-    }
-    write_safetensors(Path(path), tensors, {METADATA: json.dumps(header, sort_keys=True)})
+    header = replace(
+        header,
+        config=network.config,
+        dtype=dtype,
+        sha256=digest(tensors),
+    )
+    text = json.dumps(header.as_dict(), sort_keys=True)
+    write_safetensors(Path(path), tensors, {METADATA: text})
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A complete file or none: written beside its place, then renamed."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f".gendr-{secrets.token_hex(8)}.part")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -404,9 +458,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         # The library makes files that only their owner may read.
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"can't write {path}: {error.strerror or error}; choose another place or make room"
+            f"can't write {path}: {getattr(error, 'strerror', None) or first_line(error)}; choose "
+            "another place or make room"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -415,27 +470,19 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 def describe(path: str | Path | None = None) -> dict[str, Any]:
     """What a file says it is, without loading its tensors. Errors as in `load`."""
     path = Path(path) if path is not None else EMBEDDED
-    if path.is_dir():
-        header, tensors = read_folder(path)
-        return {**header, "path": str(path), "tensors": len(tensors)}
-    check_exists(path)
-    facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        tensors = read_file(path)[1]
-        return {**facts, "tensors": len(tensors), "kind": recognise(tensors)}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in names}
-            shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-            facts["stored_dtypes"] = sorted({s.get_dtype() for s in slices.values()})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} is not a whole safetensors file: get it again ({error})"
-        ) from error
-    facts["tensors"] = len(names)
-    facts["parameters"] = sum(torch.Size(shape).numel() for shape in shapes.values())
-    if METADATA in metadata:
-        return {**facts, **checked_header(path, metadata[METADATA])}
-    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return {**facts, "kind": recognise(meta)}
+    with naming(path):
+        if path.is_dir():
+            header, tensors = read_folder(path)
+            return {**header.as_dict(), "path": str(path), "tensors": len(tensors)}
+        check_exists(path)
+        facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
+        if path.suffix.lower() not in SAFETENSORS:
+            tensors = read_file(path).tensors
+            return {**facts, "tensors": len(tensors), "kind": recognise(tensors)}
+        metadata, tensors, dtypes = outline(path)
+        facts["stored_dtypes"] = dtypes
+        facts["tensors"] = len(tensors)
+        facts["parameters"] = sum(tensor.numel() for tensor in tensors.values())
+        if METADATA in metadata:
+            return {**checked_header(path, metadata[METADATA]).as_dict(), **facts}
+        return {**facts, "kind": recognise(tensors)}

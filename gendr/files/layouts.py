@@ -169,6 +169,11 @@ def merge_lora(unet: dict[str, Tensor], lora: dict[str, Tensor], alpha: float) -
         if weight is None or set(pair) != {"A", "B"}:
             raise ValueError(f"the LoRA changes {module}, which the base does not have")
         a, b = pair["A"].float(), pair["B"].float()
+        if min(a.dim(), b.dim()) < 2 or not len(a) or b.flatten(1).shape[1] != len(a):
+            raise ValueError(
+                f"the LoRA of {module} does not fit together: lora_A is {tuple(a.shape)}, lora_B "
+                f"{tuple(b.shape)}"
+            )
         if (b.shape[0], *a.shape[1:]) != tuple(weight.shape):
             raise ValueError(
                 f"the LoRA was made for another base: {module} is {tuple(weight.shape)} in the "

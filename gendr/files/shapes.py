@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..networks.unet import UNetConfig
-from ..networks.vae import VAEConfig
+from ..networks.onestep import OneStep, StepConfig
+from ..networks.unet import UNet, UNetConfig
+from ..networks.vae import VAE, VAEConfig
 
 # Width of the prompt that a UNet attends to -> the family it belongs to.
 FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}
@@ -60,8 +62,8 @@ def _unet_config(state: dict[str, Tensor]) -> UNetConfig:
 
 
 def _ldm_unet_config(state: dict[str, Tensor]) -> UNetConfig:
-    blocks = numbers(state, r"input_blocks\.(\d+)\.")
-    downs = [n for n in range(blocks) if f"input_blocks.{n}.0.op.weight" in state]
+    pattern = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight$")
+    downs = sorted(int(found[1]) for name in state if (found := pattern.match(name)))
     layers = downs[0] - 1
     levels = len(downs) + 1
     widths, attention = [], []
@@ -79,6 +81,49 @@ def _ldm_unet_config(state: dict[str, Tensor]) -> UNetConfig:
     )
 
 
+def check_tensors(config: StepConfig, tensors: dict[str, Tensor]) -> None:
+    """CheckpointError for the first tensor that the networks of this shape lack, or have otherwise."""
+    with torch.device("meta"):
+        if config.unet.prompts:
+            parts: dict[str, nn.Module] = {"": OneStep(config)}
+        else:
+            parts = {"unet.": UNet(config.unet), "vae.": VAE(config.vae)}
+    wanted = {p + k: tuple(v.shape) for p, n in parts.items() for k, v in n.state_dict().items()}
+    if missing := [name for name in wanted if name not in tensors]:
+        raise CheckpointError(
+            f"it is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} tensors "
+            "are); get the file again"
+        )
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            raise CheckpointError(
+                f"its {name} is of shape {found}, its configuration says {shape}: get the file again"
+            )
+    known = ("encoder.", "unet.", "decoder.", "vae.", "post_quant_conv.")
+    if unknown := [k for k in tensors if k.startswith(known) and k not in wanted]:
+        raise CheckpointError(
+            f"it has {unknown[0]} ({len(unknown)} such tensors), which its configuration has no place "
+            "for: get the file again"
+        )
+    if not config.unet.prompts:
+        check_prompts({k: v for k, v in tensors.items() if k.startswith("embeds.")}, config.unet)
+
+
+def check_prompts(embeds: dict[str, Tensor], config: UNetConfig) -> None:
+    """CheckpointError where the fixed prompts are not what the UNet attends to."""
+    if "embeds.positive" not in embeds:
+        raise CheckpointError("it is incomplete: embeds.positive, the fixed prompt, is missing")
+    tokens = embeds["embeds.positive"].shape[1:2]
+    for name, tensor in embeds.items():
+        shape = tuple(tensor.shape)
+        if len(shape) != 3 or 0 in shape or shape != (1, *tokens, config.cross_attention_dim):
+            raise CheckpointError(
+                f"its {name} is of shape {shape}, which must be 1 prompt of as many tokens as the "
+                f"positive one, {config.cross_attention_dim} numbers each: export the file again"
+            )
+
+
 def vae_config(state: dict[str, Tensor]) -> VAEConfig:
     """The shape of an autoencoder from its tensors, in diffusers' or LDM's names."""
     old = any(k.startswith("encoder.down.") for k in state)
@@ -91,7 +136,7 @@ def vae_config(state: dict[str, Tensor]) -> VAEConfig:
             for n in range(levels)
         )
         latent = state["decoder.conv_in.weight"].shape[1]
-    except KeyError as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"this is not an autoencoder of Stable Diffusion's kind ({error})"
         ) from error
@@ -115,6 +160,8 @@ def recognise(tensors: dict[str, Tensor]) -> str:
         return "a file without tensors"
     if has("unet.conv_in.", "vae.", "embeds."):
         return "a GenDR checkpoint that lost its header"
+    if has("encoder.conv_in.", "unet.conv_in.", "decoder.conv_in."):
+        return "a folded GenDR file that lost its header"
     if has(".lora_A") or has("lora_down"):
         return "a LoRA"
     for name, tensor in tensors.items():

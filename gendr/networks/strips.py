@@ -28,8 +28,9 @@ def nothing() -> None:
 
 
 class Strips:
-    """Runs encoder and decoder of a folded network by strips of at most `rows` rows.
+    """A folded network with the interface of `Step`, its autoencoder by strips of `rows` rows.
 
+    rows: at most so many; None = by the size of a strip's tensors.
     check: called before every strip; may raise to cancel.
     """
 
@@ -73,6 +74,14 @@ class Strips:
             part = decoder.to_picture(part, z[..., top:bottom, :])
             out[..., top * f : bottom * f, :] = part.to(dtype)
         return out
+
+    def step(self, z: Tensor, *, detail: float = 1.0, guidance: float = 1.0) -> Tensor:
+        """As `OneStep.step`, of the whole latent at once."""
+        return self.network.step(z, detail=detail, guidance=guidance)
+
+    def forward(self, x: Tensor, *, detail: float = 1.0, guidance: float = 1.0) -> Tensor:
+        """As `OneStep.forward`."""
+        return self.decode(self.step(self.encode(x), detail=detail, guidance=guidance))
 
     def strip_rows(self, x: Tensor) -> int:
         """Rows of a strip of this tensor."""

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gendr.files import checkpoint
+from gendr.files.header import Header
 from gendr.networks.onestep import StepConfig, Unfolded
 from gendr.networks.unet import UNet, UNetConfig
 from gendr.networks.vae import TINY_VAE, VAE, VAEConfig
@@ -211,7 +212,7 @@ def write_models(folder: Path) -> None:
         torch.manual_seed(seed)
         embeds = {"positive": torch.randn(1, unet.tokens, unet.cross_attention_dim)}
         network = Unfolded(StepConfig(unet=unet, vae=vae), VAE(vae), UNet(unet), embeds)
-        header = checkpoint.make_header(network.config, name="Random", licence="MIT", tile=128)
+        header = Header(config=network.config, name="Random", licence="MIT", tile=128)
         checkpoint.save(folder / name, network, header, dtype="fp32")
     whole = (folder / MODEL).read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 import gendr
-from gendr.settings import SPEEDS
 
 NODES = ("LoadGenDR", "GenDRUpscale", "TiledGenDR")
-LANGUAGES = {"en", "zh", "ja", "ko", "fr", "de", "es", "ru"}
+LANGUAGES = {path.name for path in (rig.ROOT / "locales").iterdir()}
 
 
 def graph(
@@ -35,22 +34,17 @@ def graph(
     kind: str = "float32",
     dtype: str = "fp32",
     name: str = "picture",
-    speed: str | None = None,
     **widgets,
 ) -> dict:
-    """Noise -> one of our nodes -> a file with the exact result, in API format.
-
-    speed: None = without this input, as graphs of 0.1.0 are.
-    """
+    """Noise -> one of our nodes -> a file with the exact result, in API format."""
     values = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
     if node == "TiledGenDR":
         values |= {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
     values |= {"image": ["1", 0], "model": ["2", 0], **widgets}
     size = {"batch": batch, "height": height, "width": width, "channels": channels}
-    chosen = {"model": model, "dtype": dtype} | ({"speed": speed} if speed else {})
     return {
         "1": {"class_type": "ProbePicture", "inputs": {**size, "seed": seed, "kind": kind}},
-        "2": {"class_type": "LoadGenDR", "inputs": chosen},
+        "2": {"class_type": "LoadGenDR", "inputs": {"model": model, "dtype": dtype}},
         "3": {"class_type": node, "inputs": values},
         "4": {
             "class_type": "ProbeKeep",
@@ -86,7 +80,7 @@ def test_the_pack_loads_without_a_word(server):
 @pytest.mark.parametrize("node", NODES)
 def test_every_input_and_output_explains_itself(server, node):
     facts = server.get(f"/object_info/{node}")[node]
-    assert facts["category"] == "GenDR"
+    assert facts["category"] == "image/upscaling"
     assert facts["description"]
     assert all(facts["output_tooltips"])
     assert len(facts["output_tooltips"]) == len(facts["output"])
@@ -102,7 +96,7 @@ def test_help_texts_languages_and_templates_are_served(server):
     assert set(translations) >= LANGUAGES
     assert all(set(translations[language]["nodeDefs"]) >= set(NODES) for language in LANGUAGES)
     titles = server.get("/workflow_templates")["gendr"]
-    assert len(titles) == 4
+    assert set(titles) == {path.stem for path in (rig.ROOT / "workflows").glob("*.json")}
     for title in titles:
         place = f"/api/workflow_templates/gendr/{title.replace(' ', '%20')}"
         assert server.get(f"{place}.json")["nodes"]
@@ -137,20 +131,6 @@ def test_computes_in_the_format_that_was_asked_for(server):
     assert "bf16" in result.text("5")
     distance = (kept(server, "exact") - kept(server, "rough")).abs().mean()
     assert 0 < distance < 0.02
-
-
-@pytest.mark.parametrize("speed", SPEEDS)
-def test_a_speed_changes_no_pixel_and_the_report_says_where_it_gives_way(server, speed):
-    assert server.run(graph(name="without")).status == "success"
-    result = server.run(graph(name="with", speed=speed))
-    assert result.status == "success", result.error
-    assert torch.equal(kept(server, "with"), kept(server, "without"))
-    told = f"speed {speed} can't be had: the host moves this model's weights itself"
-    assert (told in result.text("5")) == (speed in ("graph", "compile"))
-
-
-def test_a_speed_that_does_not_exist(server):
-    assert "not in list" in refused(server, graph(speed="warp"))
 
 
 @pytest.mark.parametrize("node", ["GenDRUpscale", "TiledGenDR"])
@@ -279,14 +259,68 @@ def test_a_file_that_is_no_model(server, model, words):
     assert server.run(graph()).status == "success"
 
 
-def test_a_mask_of_another_size(server):
-    sizes = {"batch": 1, "top": 0, "bottom": 8, "left": 0, "right": 8}
-    small = {"class_type": "ProbeMask", "inputs": sizes | {"height": 64, "width": 64}}
-    message = failed(server, graph(mask=["6", 0]) | {"6": small})
-    assert "64x64" in message
-    assert "56x40" in message
-    assert "Load Image" in message
+def with_mask(height, width, value=1.0, **size):
+    """A picture of 40x56 with a mask of another size."""
+    sides = {"batch": 1, "height": height, "width": width}
+    white = {"top": 0, "bottom": height // 2 if value else 0, "left": 0, "right": width // 2}
+    mask = {"class_type": "ProbeMask", "inputs": sides | white}
+    return graph(mask=["6", 0], **size) | {"6": mask}
+
+
+def test_a_mask_of_another_shape(server):
+    message = failed(server, with_mask(64, 64))
+    assert message.startswith("The mask is 64x64, the picture 56x40")
     assert server.run(graph()).status == "success"
+
+
+def test_a_mask_of_the_same_shape_is_scaled(server):
+    assert server.run(with_mask(40, 56, name="same")).status == "success"
+    assert server.run(with_mask(20, 28, name="half")).status == "success"
+    # Beside the softened edge both masks choose the same.
+    same, half = kept(server, "same"), kept(server, "half")
+    assert torch.equal(same[..., :32, :44], half[..., :32, :44])
+    assert torch.equal(same[..., 68:, 84:], half[..., 68:, 84:])
+
+
+def test_the_black_mask_of_load_image_is_none(server):
+    assert server.run(graph(name="without")).status == "success"
+    assert server.run(with_mask(64, 64, 0, name="black")).status == "success"
+    assert torch.equal(kept(server, "black"), kept(server, "without"))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ({"size_by": "long side", "side": 84}, (60, 84)),
+        ({"size_by": "short side", "side": 60}, (60, 84)),
+        ({"size_by": "megapixels", "megapixels": 0.01}, (85, 118)),
+        ({"size_by": "width and height", "width": 84, "height": 200}, (60, 84)),
+    ],
+)
+def test_a_size_instead_of_a_scale(server, size, expected):
+    result = server.run(graph(**size))
+    assert result.status == "success", result.error
+    assert kept(server).shape[-2:] == expected
+
+
+def test_without_a_loader_the_embedded_model_is_used(server):
+    prompt = graph()
+    del prompt["2"], prompt["3"]["inputs"]["model"], prompt["4"]["inputs"]["model"]
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    assert "GenDR-Tiny" in result.text("5")
+
+
+def test_the_map_is_made_once_somebody_takes_it(server):
+    prompt = graph(node="TiledGenDR", seed=31)
+    assert server.run(prompt).status == "success"
+    prompt["6"] = {"class_type": "ProbeKeep", "inputs": {"image": ["3", 2], "name": "late"}}
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    assert kept(server, "late").shape == (1, 3, 80, 112)
+    # Nothing has changed since: the map stays in the cache.
+    again = server.run(prompt)
+    assert "3" in again.messages["execution_cached"]["nodes"]
 
 
 def test_masks_that_do_not_count_up(server):

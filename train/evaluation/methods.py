@@ -19,8 +19,6 @@ from PIL.PngImagePlugin import PngInfo
 import gendr
 from gendr import pictures
 from gendr.files import checkpoint
-from gendr.plan import pixel_grid
-from gendr.tiles import Grid
 from train.evaluation.metrics import as_tensor
 
 EMBEDDED = "embedded"
@@ -258,25 +256,14 @@ class Checkpoint:
         )
         if result.seam is None and result.tiles > 1:
             result.no_seam = "a seamless picture: its grid lies elsewhere"
-        if grid := tile_grid(model, gendr.Settings(**settings), report):
-            result.grid = asdict(grid)
+        if report.tiles > 1:
+            result.grid = asdict(report.plan.grid)
         return result
 
     def close(self) -> None:
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def tile_grid(model: gendr.GenDR, settings: gendr.Settings, report: gendr.Report) -> Grid | None:
-    """Where the tiles of a result lay, in its pixels. None for a result made in one piece.
-
-    None also when the plan can't be told afterwards, since the memory that decides has changed.
-    """
-    planned = model.plan(*report.input_size, settings)
-    if report.tiles == 1 or (planned.mode, planned.tile) != (report.mode, report.tile):
-        return None
-    return pixel_grid(model.network.config, planned)
 
 
 class Spandrel:

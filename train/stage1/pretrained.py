@@ -20,7 +20,6 @@ from gendr import schedule
 from gendr.files import checkpoint, layouts
 from gendr.files.checkpoint import CheckpointError
 from gendr.files.shapes import recognise, unet_config, vae_config
-from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet, UNetConfig
 from gendr.networks.vae import VAE, VAEConfig
 
@@ -126,7 +125,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds no weights: expected {FILES[0]}; is the download complete?"
         )
     if found.suffix != ".json":
-        return checkpoint.read_file(found)[1]
+        return checkpoint.read_file(found).tensors
     shards = sorted(set(read_json(found)["weight_map"].values()))
     if missing := [name for name in shards if not (folder / name).exists()]:
         raise PretrainedError(
@@ -134,7 +133,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for name in shards:
-        state |= checkpoint.read_file(folder / name)[1]
+        state |= checkpoint.read_file(folder / name).tensors
     return state
 
 
@@ -161,19 +160,14 @@ def read_unet(source: str, revision: str | None = None) -> Part:
 
 
 def _unet_file(path: Path, facts: dict[str, Any]) -> Part:
-    metadata, tensors = checkpoint.read_file(path)
-    if checkpoint.METADATA in metadata:
-        header = checkpoint.checked_header(path, metadata[checkpoint.METADATA])
-        if header["format"] != checkpoint.FORMAT:
-            raise PretrainedError(
-                f"{path.name} is folded into one step and can't be trained: use the checkpoint it "
-                "was made from"
-            )
-        config = StepConfig.from_dict(header["config"])
+    file = checkpoint.read_file(path)
+    if checkpoint.has_header(file):
+        header, tensors = checkpoint.read(path)
+        checkpoint.check_full(header, path, "can't be trained")
         state = checkpoint.split(tensors)["unet"]
-        facts |= {"licence": header.get("licence"), "revision": header.get("sha256")}
-        return Part(config.unet, state, facts, config.prediction_type)
-    state, config = checkpoint.bare_unet(path, tensors)
+        facts |= {"licence": header.licence, "revision": header.sha256}
+        return Part(header.config.unet, state, facts, header.config.prediction_type)
+    state, config = checkpoint.bare_unet(path, file.tensors)
     return Part(config, state, facts)
 
 
@@ -268,18 +262,13 @@ def read_vae(source: str, revision: str | None = None) -> Part:
     path = folder_of(source, ("config.json", "vae/config.json"), ("", "vae/"), revision)
     facts = facts_of("vae", source, path, revision)
     if path.is_file():
-        metadata, tensors = checkpoint.read_file(path)
-        if checkpoint.METADATA in metadata:
-            header = checkpoint.checked_header(path, metadata[checkpoint.METADATA])
-            config = StepConfig.from_dict(header["config"])
-            state = checkpoint.split(tensors)["vae"]
-            if not state:
-                raise PretrainedError(
-                    f"{path.name} is folded and holds no autoencoder to train with: use the "
-                    "checkpoint it was made from"
-                )
-            facts |= {"licence": header.get("licence"), "revision": header.get("sha256")}
-            return Part(config.vae, state, facts)
+        file = checkpoint.read_file(path)
+        if checkpoint.has_header(file):
+            header, tensors = checkpoint.read(path)
+            checkpoint.check_full(header, path, "holds no autoencoder to train with")
+            facts |= {"licence": header.licence, "revision": header.sha256}
+            return Part(header.config.vae, checkpoint.split(tensors)["vae"], facts)
+        tensors = file.tensors
         n = len(layouts.LDM_VAE)
         inner = {k[n:]: v for k, v in tensors.items() if k.startswith(layouts.LDM_VAE)}
         state, values = inner or tensors, read_json(path.with_name("config.json"))

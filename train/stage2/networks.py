@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gendr.files import checkpoint
 from gendr.files.checkpoint import CheckpointError
+from gendr.files.header import Header
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet
 from gendr.networks.vae import VAE
@@ -43,7 +44,7 @@ class AdapterState:
 class Source:
     """A checkpoint's header and tensors, by part."""
 
-    header: dict[str, Any]
+    header: Header
     config: StepConfig
     unet: dict[str, Tensor]
     vae: dict[str, Tensor]
@@ -56,16 +57,10 @@ class Source:
         if not path:
             raise CheckpointError(f"no {what} given: name a GenDR checkpoint with --{what}")
         header, tensors = checkpoint.read(Path(path))
-        if header["format"] != checkpoint.FORMAT:
-            raise CheckpointError(
-                f"{path} is folded into one step and can't be trained: use the checkpoint it was "
-                "made from"
-            )
-        checkpoint.check_finite(tensors, Path(path))
-        sha256 = header.get("sha256") or checkpoint.digest(tensors)
+        checkpoint.check_full(header, Path(path), "can't be trained")
+        sha256 = header.sha256 or checkpoint.digest(tensors)
         parts = checkpoint.split({k: v.float() for k, v in tensors.items()})
-        config = StepConfig.from_dict(header["config"])
-        return cls(header, config, parts["unet"], parts["vae"], parts["embeds"], sha256)
+        return cls(header, header.config, parts["unet"], parts["vae"], parts["embeds"], sha256)
 
     def network(self, operations: Any) -> UNet:
         """A UNet with these weights."""

@@ -25,8 +25,7 @@ def step_config(path: str, like: Literal["sd21", "tiny"]) -> StepConfig:
     """Of a checkpoint, by its header alone; where no path is given, of the full or the tiny size."""
     if not path:
         return StepConfig() if like == "sd21" else StepConfig(unet=TINY_UNET, vae=TINY_VAE)
-    header, _ = checkpoint.read(Path(path))
-    return StepConfig.from_dict(header["config"])
+    return checkpoint.read_header(Path(path)).config
 
 
 def plan(settings: Settings) -> str:

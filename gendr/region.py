@@ -4,42 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..gendr.resize import resize
-from ..gendr.settings import Settings
+from .report import Report
+from .resize import resize
+from .settings import Settings
+from .tiles import Box
 
 # Pixels of the input: how far the soft edge reaches, and what the network sees beyond it.
 FEATHER = 8
 CONTEXT = 48
 
 
-class Box(NamedTuple):
-    """Rows and columns of a picture."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def cut(self, picture: Tensor) -> Tensor:
-        """The part of b c h w inside, as a view."""
-        return picture[..., self.top : self.bottom, self.left : self.right]
-
-
 def restore_within(
     mask: Tensor,
     pixels: Tensor,
     settings: Settings,
-    restore: Callable[[Tensor], tuple[Tensor, str]],
-) -> tuple[Tensor, str]:
-    """Restored where the mask is white, plainly enlarged elsewhere: b c H W and a report.
+    restore: Callable[[Tensor], tuple[Tensor, Report]],
+) -> tuple[Tensor, Box | None, Report | None]:
+    """Restored where the mask is white, plainly enlarged elsewhere.
 
-    mask: b h w or 1 h w. pixels: b c h w. restore: what restores a part of the picture.
+    mask: h w, b h w or b 1 h w in [0, 1], one for all pictures or one each. pixels: b c h w.
+    restore: restores a part of the pictures.
+    Returns the pictures b c H W, the part that was restored and its report; both are None for a
+    mask that is black.
     """
     soft = feather(_checked(mask, pixels))
     h, w = pixels.shape[-2:]
@@ -48,21 +39,25 @@ def restore_within(
         (*pixels.shape[:2], height, width), memory_format=torch.channels_last, dtype=torch.float32
     )
     box = _box(soft, settings)
-    restored, report = None, "mask: empty, so nothing was restored, only enlarged"
-    if box is not None:
-        restored, report = restore(box.cut(pixels))
-        report = (
-            f"mask: columns {box.left} to {box.right}, rows {box.top} to {box.bottom} "
-            f"of {w}x{h} were restored\n{report}"
-        )
+    restored, report = (None, None) if box is None else restore(box.cut(pixels))
     for n in range(len(pixels)):
         out[n] = resize(pixels[n : n + 1], (height, width))[0]
-        if restored is None:
+        if box is None or restored is None:
             continue
         weight = F.interpolate(soft[n % len(soft)][None], size=(height, width), mode="bilinear")[0]
         place = _enlarged(box, (h, w), (height, width), settings)
         place.cut(out[n]).lerp_(restored[n], place.cut(weight))
-    return out, report
+    return out, box, report
+
+
+def told(box: Box | None, width: int, height: int) -> str:
+    """What a mask chose of a picture, for a report."""
+    if box is None:
+        return "mask: empty, so nothing was restored, only enlarged"
+    return (
+        f"mask: columns {box.left} to {box.right}, rows {box.top} to {box.bottom} "
+        f"of {width}x{height} were restored"
+    )
 
 
 def feather(mask: Tensor) -> Tensor:
@@ -80,16 +75,17 @@ def _checked(mask: Tensor, pixels: Tensor) -> Tensor:
     """The mask as b 1 h w float32 on the picture's device. Raises ValueError if it doesn't fit."""
     if mask.ndim == 2:
         mask = mask[None]
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
     b, (h, w) = len(pixels), pixels.shape[-2:]
-    if mask.ndim != 3 or tuple(mask.shape[-2:]) != (h, w):
+    if mask.ndim != 3:
+        raise ValueError(f"A mask must be h w or b h w, got {tuple(mask.shape)}.")
+    if tuple(mask.shape[-2:]) != (h, w):
         size = "x".join(str(side) for side in reversed(mask.shape[-2:]))
-        hint = (
-            "; Load Image sends 64x64 for a picture without transparency: paint a mask in its "
-            "mask editor, or unplug it"
-            if tuple(mask.shape[-2:]) == (64, 64)
-            else ", or scale the mask to the picture's size"
+        raise ValueError(
+            f"The mask is {size}, the picture {w}x{h}: use a mask made for it, or scale the mask "
+            "to the picture's size."
         )
-        raise ValueError(f"The mask is {size}, the picture {w}x{h}: use a mask made for it{hint}.")
     if len(mask) not in (1, b):
         raise ValueError(
             f"There are {len(mask)} masks for {b} pictures: give one mask for all, or one each."
@@ -108,15 +104,18 @@ def _box(soft: Tensor, settings: Settings) -> Box | None:
     if not white.any():
         return None
     step = Fraction(settings.scale).limit_denominator(100).denominator
-    if settings.seamless or abs(settings.scale * step - round(settings.scale * step)) > 1e-6:
-        return Box(0, h, 0, w)
+    inexact = abs(settings.scale * step - round(settings.scale * step)) > 1e-6
+    if settings.seamless or settings.has_target or inexact:
+        return Box(0, 0, h, w)
 
     def span(line: Tensor, length: int) -> tuple[int, int]:
         inside = torch.nonzero(line).flatten()
         first, last = int(inside[0]) - CONTEXT, int(inside[-1]) + 1 + CONTEXT
         return max(0, first // step * step), min(length, -(-last // step) * step)
 
-    return Box(*span(white.any(dim=1), h), *span(white.any(dim=0), w))
+    top, bottom = span(white.any(dim=1), h)
+    left, right = span(white.any(dim=0), w)
+    return Box(top, left, bottom, right)
 
 
 def _enlarged(box: Box, size: tuple[int, int], target: tuple[int, int], settings: Settings) -> Box:
@@ -125,7 +124,6 @@ def _enlarged(box: Box, size: tuple[int, int], target: tuple[int, int], settings
     def edges(first: int, last: int, side: int, full: int) -> tuple[int, int]:
         return round(first * settings.scale), full if last == side else round(last * settings.scale)
 
-    return Box(
-        *edges(box.top, box.bottom, size[0], target[0]),
-        *edges(box.left, box.right, size[1], target[1]),
-    )
+    top, bottom = edges(box.top, box.bottom, size[0], target[0])
+    left, right = edges(box.left, box.right, size[1], target[1])
+    return Box(top, left, bottom, right)

@@ -1,0 +1,200 @@
+"""The named tensors of one file: safetensors, or a pickle that is read as tensors and never executed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import devices
+from .shapes import CheckpointError
+
+SAFETENSORS = (".safetensors", ".sft")
+EXTENSIONS = (*SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt")
+# Under which training programs keep the weights of a pickle that holds more than weights.
+NESTED = ("params_ema", "ema", "params", "state_dict", "model")
+# torch writes terminal colours into its messages.
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# torch stores weights as they are. Packed again by other programs they shrink by less than this.
+PACKED = 16
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class File:
+    """What one file holds. tensors: mapped from the disk where the format allows, read when used."""
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a model file becomes one CheckpointError that names it.
+
+    FileNotFoundError and running out of memory stay what they are.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        if isinstance(error, CheckpointError) and path.name in str(error):
+            raise
+        raise CheckpointError(f"{path.name} can't be used: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
+    except Exception as error:
+        if devices.is_oom(error):
+            raise
+        raise CheckpointError(
+            f"{path.name} can't be used, it is damaged or made for something else: get it again "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message, without colours and not too long."""
+    lines = COLOURS.sub("", str(error)).splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def read_file(path: Path) -> File:
+    """All tensors of one file. FileNotFoundError or CheckpointError with a sentence."""
+    check_exists(path)
+    if path.suffix.lower() in SAFETENSORS:
+        return read_safetensors(path)
+    return File(path, {}, read_pickle(path))
+
+
+def check_exists(path: Path) -> None:
+    """FileNotFoundError or CheckpointError for what is not a file with something in it.
+
+    A pipe or a device would be waited for without end, so nothing but files is opened.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no model file at {path}: check the name and the folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {first_line(error)}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is a folder, a device or a pipe, not a model file")
+    if found.st_size == 0:
+        raise CheckpointError(f"{path.name} is empty (0 bytes): get it again")
+
+
+def outline(path: Path) -> tuple[dict[str, str], dict[str, Tensor], list[str]]:
+    """(metadata, tensors without their numbers, dtypes in the format's words) of a safetensors file."""
+    with whole(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
+        return file.metadata() or {}, shapes, sorted({s.get_dtype() for s in slices.values()})
+
+
+def read_safetensors(path: Path) -> File:
+    """A safetensors file; nothing of its weights is read before it is used."""
+    with whole(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return File(path, file.metadata() or {}, tensors)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Says in a sentence that a file is no safetensors file."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} is not a whole safetensors file: it was cut short while loading, or "
+            f"is something else under this name; get it again ({first_line(error)})"
+        ) from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of what torch.save wrote, in its present format or the one before 1.6."""
+    mapped = check_zip(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises many kinds here, all meaning the same
+        if devices.is_oom(error):
+            raise
+        raise CheckpointError(
+            f"{path.name} can't be read as plain tensors and is not executed: use a safetensors "
+            f"file ({first_line(error)})"
+        ) from error
+    for key in NESTED:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path.name} holds no named tensors: it is not a model file")
+    return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def check_zip(path: Path) -> bool:
+    """Whether a pickle's weights lie in the file as they are, so that they can be mapped.
+
+    CheckpointError for a file that would unpack to more than weights can be packed to, or to more
+    than there is memory for: a few megabytes can hold gigabytes of zeros.
+    """
+    size = path.stat().st_size
+    if not zipfile.is_zipfile(path):
+        room(path, size)
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            items = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} is not a whole file of torch's: get it again ({first_line(error)})"
+        ) from error
+    if all(item.compress_type == zipfile.ZIP_STORED for item in items):
+        return True
+    unpacked = sum(item.file_size for item in items)
+    if unpacked > PACKED * size:
+        raise CheckpointError(
+            f"{path.name} would unpack from {size / 1e6:,.1f} MB to {unpacked / 1e6:,.1f} MB, which "
+            "weights can't: it is no model file"
+        )
+    room(path, unpacked)
+    return False
+
+
+def room(path: Path, needed: int) -> None:
+    """CheckpointError where a file can't be read into the memory that is free."""
+    free = devices.free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise CheckpointError(
+            f"{path.name} needs {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free: "
+            "close other programs, or use a safetensors file, which is read piece by piece"
+        )
+
+
+def check_numbers(tensors: dict[str, Tensor]) -> None:
+    """CheckpointError for the first tensor that holds something else than plain numbers."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
+            raise CheckpointError(
+                f"{name} is stored without its numbers, sparsely or quantised: get a file with plain "
+                "weights in fp16, bf16 or fp32"
+            )
+        if tensor.dtype not in NUMBERS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            what = "8-bit floats" if kind.startswith("float8") else "no weights"
+            raise CheckpointError(
+                f"{name} is {kind}, which are {what}: GenDR takes fp16, bf16 or fp32; get the file in "
+                "one of them"
+            )
