@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -438,6 +439,17 @@ raise SystemExit(t.cida.main(sys.argv[2:]))
 """
 
 
+def compare_states(one, two):
+    """Adam divides rounding by itself where a gradient is nearly zero: weights are compared as a whole."""
+    assert set(one) == set(two)
+    for part in ("generator", "real", "fake", "heads"):
+        a, b = (
+            torch.cat([v.flatten().double() for k, v in s.items() if k.startswith(f"{part}.")])
+            for s in (one, two)
+        )
+        assert float((a - b).norm() / a.norm()) < 1e-4
+
+
 @pytest.mark.threads
 def test_29_two_processes_equal_one(base, pairs, tmp_path):
     more = {"steps": 2, "batch": 4, "validate_every": 9}
@@ -447,16 +459,15 @@ def test_29_two_processes_equal_one(base, pairs, tmp_path):
     # Gradients of both phases, in float64.
     _, whole = both_phases(make_iteration(), samples())
     assert largest_difference(torch.load(tmp_path / "gradients.pt"), whole) < 1e-10
-    # And the script: one folder, and a run that went the same way. Adam divides rounding by itself
-    # where a gradient is nearly zero, so weights are compared as a whole.
+    # And the script: one folder, and a run that went the same way.
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
-    assert set(one) == set(two)
-    for part in ("generator", "real", "fake", "heads"):
-        a, b = (
-            torch.cat([v.flatten().double() for k, v in s.items() if k.startswith(f"{part}.")])
-            for s in (one, two)
-        )
-        assert float((a - b).norm() / a.norm()) < 1e-4
+    compare_states(one, two)
+    # One process goes on where two have stopped.
+    shutil.copytree(tmp_path / "two", tmp_path / "on")
+    previous = tmp_path / "on" / "state-previous.pt"
+    assert torch.load(previous, weights_only=True)["step"] == 1
+    assert cida.main([*words(base, pairs, tmp_path / "on", **more), "--state", str(previous)]) == 0
+    compare_states(one, state(tmp_path / "on"))
     log = [json.loads(x) for x in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     other = [json.loads(x) for x in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
     values, expected = ([line for line in lines if "cid" in line] for lines in (log, other))

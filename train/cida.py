@@ -37,7 +37,7 @@ from gendr.restoration import NotFinite
 from train import recipe
 from train.data.index import DataError, cache_folder
 from train.data.pictures import Degradation
-from train.data.stream import Batch, Stream, codec_shares
+from train.data.stream import Batch, Stream, codec_shares, look_once
 from train.embeddings import EmbeddingsError, encode_all
 from train.evaluation.niqe import Niqe
 from train.evaluation.testset import InputError
@@ -182,7 +182,7 @@ class Training:
             raise TrainingError(
                 f"diverged: mean|z_g - z_h| is {values['distance']:.3g}, it was "
                 f"{self.start_distance:.3g} at the first step (limit x{self.settings.drift:g}): "
-                "raise lambda_mse, take target sr, or lower lr"
+                "raise lambda_mse (--accept lambda_mse --lambda-mse 1), take target sr, or lower lr"
             )
         matched = [values[k] for k in ("score_fake", "score_real") if k in values]
         norms = [v for k, v in values.items() if k.startswith("gradient_")]
@@ -256,6 +256,8 @@ def train(
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(settings.seed)
+    with processes.one_first():
+        look_once(settings.data)
     shares = codec_shares(settings.data, settings.mix, settings.codecs)
     networks = Networks.load(settings, processes.device)
     processes.same(*networks.trained())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -51,6 +52,10 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         self.accelerator.wait_for_everyone()
+
+    def one_first(self) -> AbstractContextManager[None]:
+        """Context that one process of each machine enters before the others: it makes what they take."""
+        return self.accelerator.local_main_process_first()
 
     def alone(self, work: Callable[[], T]) -> T | None:
         """Do something in the first process alone; all of them call this, and wait for it.

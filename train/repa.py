@@ -38,7 +38,7 @@ from train import recipe
 from train.atomic import replacing
 from train.data.index import DataError, Sources, cache_folder, find
 from train.data.pictures import Degradation
-from train.data.stream import Batch, Stream, codec_shares, ready_pairs
+from train.data.stream import Batch, Stream, codec_shares, look_once, ready_pairs
 from train.embeddings import EmbeddingsError
 from train.features import FeaturesError
 from train.processes import Processes
@@ -250,6 +250,8 @@ def train(
     """
     processes = Processes(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    with processes.one_first():
+        look_once(settings.data)
     shares = codec_shares(settings.data, settings.mix, settings.codecs) if settings.refines else {}
     captions = check_captions(settings)
     foundation = Foundation.load(settings, processes.device)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from gendr import schedule
 from train.data import degradations
+from train.data.index import cache_folder, find
 from train.data.pictures import DataError, Degradation, Order, Pictures
 from train.data.shards import Pairs
 
@@ -108,6 +109,13 @@ def draw(
 def ready_pairs(sources: Sequence[str | Path]) -> bool:
     """Whether the data are one folder that train.pairs made."""
     return len(sources) == 1 and any(Path(sources[0]).glob("*.hr.npy"))
+
+
+def look_once(sources: Sequence[str | Path]) -> None:
+    """Make the indexes of large sources, where they aren't kept already."""
+    if not ready_pairs(sources):
+        for source in sources:
+            find(source, cache_folder())
 
 
 def codec_shares(
