@@ -86,8 +86,8 @@ class Settings:
     seed: int = setting(0, "of data, noise and new weights")
     prediction: schedule.Prediction = setting("epsilon", "what the network estimates")
     alpha: float = setting(
-        0.5, "alpha = beta of Eq. 2 in the exported file; 0 = where a silent network that estimates "
-        "velocities gives its input back"
+        0.5, "alpha = beta of Eq. 2 in the exported file; 0 = 1 / (1 + beta_bar_500): a v-prediction "
+        "UNet with a zero last layer then returns its input"
     )  # fmt: skip
     encoder: str = setting("dinov2-b", "DINOv2 for the alignment: a name, hub id or folder")
     lambda_repa: float = setting(0.5, "weight of the alignment; 0 = none")

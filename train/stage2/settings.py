@@ -89,8 +89,10 @@ class Settings:
     lora_alpha: float = setting(128.0, "of the adapters; their scale is lora_alpha / lora_rank")
     target: losses.Target = setting("sr", "what Eq. 8 compares the real score with")
     xi: float = setting(1.0, "share of |D|^2 that Eq. 9 takes off")
-    score_grad: losses.ScoreGrad = setting("both", "scores that the gradient passes")
-    reduction: losses.Reduction = setting("mean", "of products over a sample")
+    score_grad: losses.ScoreGrad = setting(
+        "both", "score networks the generator's gradient flows through"
+    )
+    reduction: losses.Reduction = setting("mean", "mean or sum over a sample's elements")
     reference: losses.Reference = setting("hr", "what omega(t) measures the real score against")
     kappa_real: float = setting(2.0, "guidance of the real score in the generator's loss")
     kappa_fake: float = setting(2.0, "guidance of the fake score there")
