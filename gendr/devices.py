@@ -22,6 +22,9 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 WORTH = 1.2
 # Times that a probe is repeated; the best counts.
 ROUNDS = 8
+# A dtype that a small try finds this much slower than float32 (a quarter of its speed) cannot be
+# worth it: overheads that count in a small try are nearly the same in both.
+HOPELESS = 0.25
 # Largest relative error of the probe that still means "computed in this dtype", 2^-8 for bf16.
 TOLERANCE = 0.03
 
@@ -91,8 +94,19 @@ def _precision(device: torch.device, name: str, reason: str) -> Precision:
 
 @functools.lru_cache
 def probe(device: str, name: str) -> tuple[bool, float]:
-    """Whether a convolution in this dtype is right on the device, and how many times faster."""
-    size = 64 if device.startswith("cpu") else 256
+    """Whether a convolution in this dtype is right on the device, and how many times faster.
+
+    A processor without instructions for the dtype can be a hundred times slower in it than in
+    float32: a small try finds that out, and the full one is left.
+    """
+    works, gain = _probe(device, name, size=8, rounds=2)
+    if not works or gain < HOPELESS:
+        return works, gain
+    return _probe(device, name, size=64 if device.startswith("cpu") else 256, rounds=ROUNDS)
+
+
+def _probe(device: str, name: str, size: int, rounds: int) -> tuple[bool, float]:
+    """`probe` on a map of size x size."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, size, size, generator=generator).to(device)
     weight = (torch.randn(64, 64, 3, 3, generator=generator) / 24).to(device)
@@ -104,7 +118,7 @@ def probe(device: str, name: str) -> tuple[bool, float]:
             # Threads that wait for each other on a busy machine would be counted as work.
             torch.set_num_threads(1)
         # In turn, so that whatever else the machine does meets both alike.
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for n, dtype in enumerate(dtypes):
                 results[n], seconds = _timed(x.to(dtype), weight.to(dtype))
                 best[n] = min(best[n], seconds)
