@@ -596,7 +596,8 @@ def test_captions_are_what_the_scores_are_told(base, tmp_path, monkeypatch):
     real = cida.encode_all
     monkeypatch.setattr(cida, "encode_all", encode)
     more = {"steps": 1, "mix": "tiny", "codecs": "present", "prompts": "captions"}
-    assert cida.main(words(base, folder, tmp_path / "run", **more)) == 1  # no text encoder named
+    with pytest.raises(SystemExit):  # no text encoder named
+        cida.main(words(base, folder, tmp_path / "run", **more))
     assert cida.main(words(base, folder, tmp_path / "run", **more, text_encoder=encoder)) == 0
     assert set(said) == {"picture number 0", "picture number 1"}
 

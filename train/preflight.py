@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import io
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -238,6 +237,10 @@ def peak() -> float:
     """GiB that this process has taken at most, or the card where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / memory.GIB
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
     kilo = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / memory.GIB
 
