@@ -579,14 +579,14 @@ def test_large_batches_are_encoded_in_parts(base, pairs, tmp_path, monkeypatch):
         assert a[name] == pytest.approx(b[name], rel=1e-5)
 
 
-def test_captions_are_what_the_scores_are_told(base, tmp_path, monkeypatch):
+def test_captions_are_what_the_scores_are_told(base, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for n in range(2):
         Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(folder / f"{n}.png")
         (folder / f"{n}.txt").write_text(f"picture number {n}")
-    encoder = save_encoder(tmp_path / "sd", width=12)
+    encoder = save_encoder(tmp_path / "sd", width=12, length=5)
     said = []
 
     def encode(text, captions):
@@ -598,6 +598,9 @@ def test_captions_are_what_the_scores_are_told(base, tmp_path, monkeypatch):
     more = {"steps": 1, "mix": "tiny", "codecs": "present", "prompts": "captions"}
     with pytest.raises(SystemExit):  # no text encoder named
         cida.main(words(base, folder, tmp_path / "run", **more))
+    other = save_encoder(tmp_path / "other", width=12)
+    assert cida.main(words(base, folder, tmp_path / "run", **more, text_encoder=other)) == 1
+    assert "makes 77 tokens of width 12" in capsys.readouterr().err
     assert cida.main(words(base, folder, tmp_path / "run", **more, text_encoder=encoder)) == 0
     assert set(said) == {"picture number 0", "picture number 1"}
 

@@ -141,6 +141,12 @@ class Networks:
         text = None
         if s.prompts == "captions":
             text = load_encoder(s.text_encoder)
+            found = (text.tokenizer.model_max_length, text.model.config.hidden_size)
+            if found != (wanted := tuple(base.embeds["positive"].shape[1:])):
+                raise CheckpointError(
+                    f"{s.text_encoder} makes {found[0]} tokens of width {found[1]}, {s.base} was trained "
+                    f"with {wanted[0]} of {wanted[1]}: give the text encoder of its own stage 1"
+                )
             text.model.to(device, torch.bfloat16 if bf16 else None)
         if s.compile:
             vae.encoder.compile()
