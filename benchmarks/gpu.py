@@ -1,12 +1,13 @@
 """A graphics card in one short run: tests, then time and memory of plain, eager and fast, as tables.
 
-    bash benchmarks/gpu.sh --out FOLDER --minutes 9
+    bash benchmarks/gpu.sh --out FOLDER
     bash benchmarks/gpu.sh --dry-run
 
 Tests come first, and a failing one ends the run: no number without parity. Every table and the JSON
 are written as soon as they exist. B is plain diffusers in bf16, C `gendr` run eagerly, D its fast
-path; E, in float32, is what they are compared with. With --dry-run all of it runs on the CPU with a
-small model, with a recorder that re-executes, and the plan of the real run is printed.
+path; E, in float32, is what they are compared with. What is tried last, if time is left, is what
+may go: torch.compile, and D with the other memory order. With --dry-run all of it runs on the CPU
+with a small model, with a recorder that re-executes, and the plan of the real run is printed.
 """
 
 from __future__ import annotations
@@ -36,15 +37,21 @@ from .worker import Span, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3
-SIZES, DRY_SIZES = (512, 1024, 2048), (64, 128)
+SIZES, DRY_SIZES = (512, 1024, 2048, 4096), (64, 128)
+# From this edge on a pass takes so long that one round of few passes has to do.
+LARGE = 4096
 # (size, tile asked for or 0, GiB that a plan may use or None) of whole restorations.
 RESTORED = [
     *((512, 0, None), (1024, 0, None), (2048, 0, None)),
-    *((4096, 0, 8.0), (4096, 768, 8.0), (8192, 0, 12.0), (8192, 768, 12.0)),
+    *((4096, 0, 8.0), (4096, 768, 8.0), (8192, 0, 12.0)),
 ]
 DRY_RESTORED = [(64, 0, None), (128, 0, None), (256, 64, 0.5)]
 # What the real run is estimated to take, for its plan.
-MINUTES = {"tests": 1.5, "weights": 0.7, "stages": 3.0, "restored": 2.5, "start": 0.7}
+MINUTES = {
+    "tests": 0.8, "weights": 0.4, "stages": 1.8, "start": 0.3, "restored": 1.2, "extras": 0.5
+}  # fmt: skip
+# Other ways of D, tried last: what shows no gain here can go.
+EXTRAS = (("compile", {"speed": "compile"}), ("contiguous", {"order": "contiguous"}))
 # As the workers of benchmarks.pipeline: carried packages lie behind the installed ones.
 PATH = """
 import os, sys
@@ -113,7 +120,7 @@ class Run:
             cache = self.args.cache or Path(temporary)
             model = choose("tiny" if self.dry else "full", cache, texts=False)
             self.result["model"] = model.title
-            for section in ("peak", "stages", "restored", "start"):
+            for section in ("peak", "stages", "start", "restored", "extras"):
                 if self.left() < MINUTES.get(section, 0.1) / 3 and not self.dry:
                     self.tell(f"{section}: left out, {self.left():.1f} minutes remain.\n")
                     continue
@@ -180,7 +187,7 @@ class Run:
         self.result["tflops"] = 2 * n**3 / best / 1e9
         self.tell(f"Product of {n} x {n}: {self.result['tflops']:.1f} TFLOP/s reached.\n")
 
-    def worker(self, model: Model, letter: str, kind: str) -> Worker:
+    def worker(self, model: Model, letter: str, kind: str, **options: str) -> Worker:
         return Worker(
             {
                 "letter": letter,
@@ -193,6 +200,7 @@ class Run:
                 "threads": 0,
                 "speed": "graph",
                 "rerun": self.dry,
+                **options,
             }
         )
 
@@ -205,7 +213,7 @@ class Run:
             for worker in workers.values():
                 worker.ask("load")
             for size in self.args.sizes:
-                if self.left() < 2 and not self.dry:
+                if self.left() < 1.2 and not self.dry:
                     self.tell(f"{size} px: left out, {self.left():.1f} minutes remain.\n")
                     continue
                 said(f"{size} px: stages")
@@ -222,14 +230,16 @@ class Run:
         row: dict[str, Any] = {"size": size, "variants": {}, "failed": {}}
         row["macs"] = {v: self.macs(model, size, "C" if v == "D" else v) for v in self.variants}
         saved = {v: self.folder / f".{v}.safetensors" for v in workers}
-        repeats = max(3, self.args.repeats // (1 + size // 1024))
-        for number in range(ROUNDS):
+        large = size >= LARGE
+        repeats = 2 if large else max(3, self.args.repeats // (1 + size // 1024))
+        timed = {"size": size, "repeats": repeats} | ({"warm": 1} if large else {})
+        for number in range(1 if large else ROUNDS):
             order = list(self.variants)
             for v in reversed(order) if number % 2 else order:
                 if v in row["failed"]:
                     continue
                 try:
-                    answer = workers[v].ask("time", size=size, repeats=repeats)
+                    answer = workers[v].ask("time", **timed)
                 except Failed as error:
                     row["failed"][v] = str(error)
                     continue
@@ -293,7 +303,7 @@ class Run:
         workers = {v: self.worker(model, v, "model") for v in "CD"}
         try:
             for size, tile, limit in DRY_RESTORED if self.dry else RESTORED:
-                if self.left() < 1 and not self.dry:
+                if self.left() < 0.5 and not self.dry:
                     self.tell(
                         f"restore to {size} px: left out, {self.left():.1f} minutes remain.\n"
                     )
@@ -313,7 +323,7 @@ class Run:
         rows: dict[str, dict[str, Any]] = {}
         asked = {"size": size, "scale": 4.0, "tile": tile, "limit": limit}
         # The second picture of a size is what records graphs; it isn't counted either.
-        repeats = 1 if self.dry else 3 if size > 2048 else 7
+        repeats = 1 if self.dry else 2 if size > 2048 else 5
         for number in range(2 + repeats):
             for v, worker in workers.items():
                 first = number == 1
@@ -365,6 +375,29 @@ class Run:
         ]
         return table(head, lines)
 
+    def extras(self, model: Model) -> None:
+        """torch.compile, and D in torch's usual memory order, each on the smallest size."""
+        rows: list[dict[str, Any]] = []
+        self.result["extras"] = rows
+        size = self.args.sizes[0]
+        for name, options in EXTRAS:
+            if self.left() < 0.4 and not self.dry:
+                self.tell(f"{name}: left out, {self.left():.1f} minutes remain.\n")
+                continue
+            said(f"{size} px: {name}")
+            worker = self.worker(model, "D", "variant", **options)
+            try:
+                answer = worker.ask("time", size=size, repeats=3 if self.dry else 10)
+            except Failed as error:
+                self.tell(f"{name}: {error}\n")
+                continue
+            finally:
+                worker.close()
+            rows.append({"name": name, "size": size, **answer})
+            self.keep()
+        lines = [[f"{r['size']} D, {r['name']}", figure(median(r["ms"]["pass"]))] for r in rows]
+        self.tell(table(["output, variant", "pass ms"], lines))
+
     def start(self, model: Model) -> None:
         """From the start of a process to its first picture, with the weights on disk."""
         rows = {}
@@ -408,12 +441,12 @@ class Run:
         plain, fast = whole(512, "B"), whole(512, "D")
         small, large = each(512), each(8192)
         facts = [
-            ("512 px, ms", 6.5, fast),
-            ("B / D at 512 px (at least)", 5, plain / fast if plain and fast else None),
-            ("1024 px, ms", 28, whole(1024, "D")),
-            ("4096 px restored, s", 0.5, best(4096, lambda r: median(r["seconds"]))),
+            ("512 px, ms", 7, fast),
+            ("B / D at 512 px (at least)", 4, plain / fast if plain and fast else None),
+            ("1024 px, ms", 30, whole(1024, "D")),
+            ("4096 px restored, s", 0.6, best(4096, lambda r: median(r["seconds"]))),
             ("4096 px, GiB", 8, best(4096, lambda r: r["peak"] / GIB)),
-            ("s/MP at 8192 over 512 px", 1.2, large / small if small and large else None),
+            ("s/MP at 8192 over 512 px", 1.3, large / small if small and large else None),
             ("8192 px, GiB", 12, best(8192, lambda r: r["peak"] / GIB)),
             (
                 "start to first picture, s",
@@ -438,8 +471,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     out = os.environ.get("OUT") or "output/gpu"
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for tables and JSON")
-    parser.add_argument("--minutes", type=float, default=9.0, help="end before this is over")
-    parser.add_argument("--sizes", help="edges of one pass; default 512,1024,2048")
+    parser.add_argument("--minutes", type=float, default=5.0, help="end before this is over")
+    parser.add_argument("--sizes", help="edges of one pass; default 512,1024,2048,4096")
     parser.add_argument("--repeats", type=int, default=20, help="timed passes of 512 px per round")
     parser.add_argument("--parity", type=int, default=2048, help="largest edge compared with fp32")
     parser.add_argument("--cache", type=Path, help="folder that keeps the random weights")

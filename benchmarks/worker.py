@@ -71,15 +71,16 @@ class Variant:
         return answer
 
     @torch.inference_mode()
-    def time(self, size: int, repeats: int) -> Answer:
+    def time(self, size: int, repeats: int, warm: int = WARM) -> Answer:
         """Milliseconds of every stage and of the whole pass, by the device's own clock.
 
         The device is idle before each pass, so that launches count. Each pass has another input.
+        warm: passes before the first that is timed.
         """
         inputs = [(2 * picture(size, seed) - 1).to(self.device) for seed in range(3)]
         times: dict[str, list[float]] = {"pass": []}
         whole = self.made.whole()
-        for repeat in range(-WARM, repeats):
+        for repeat in range(-warm, repeats):
             x = inputs[repeat % len(inputs)]
             row = {"pass": Span(self.device).of(whole, x)[1]}
             for name, run in self.made.stages():
@@ -130,6 +131,8 @@ class Model:
         self.loaded = gendr.load(
             spec["file"], device=spec["device"], dtype=spec["dtype"], speed=wanted
         )
+        if spec.get("order") == "contiguous":
+            self.loaded.network.to(memory_format=torch.contiguous_format)
         if wanted == "graph" and spec.get("rerun"):
             # A dry run: everything but the card.
             model = self.loaded

@@ -155,6 +155,7 @@ class GenDR:
             nothing = replace(planned(image, free_bytes), grid=NO_TILES)
             report = Report(
                 model=self.name,
+                settings=chosen,
                 plan=nothing,
                 dtype=self.precision.name,
                 input_size=nothing.input_size,

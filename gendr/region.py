@@ -17,6 +17,8 @@ from .tiles import Box
 # Pixels of the input: how far the soft edge reaches, and what the network sees beyond it.
 FEATHER = 8
 CONTEXT = 48
+# A mask that rises by more than this over two pixels has a hard edge there.
+HARD = 0.5
 
 
 def restore_within(
@@ -61,14 +63,26 @@ def told(box: Box | None, width: int, height: int) -> str:
 
 
 def feather(mask: Tensor) -> Tensor:
-    """b 1 h w in [0, 1] -> the same with an edge that falls off outside; white stays white."""
+    """b 1 h w in [0, 1] -> the same, with hard edges that fall off outside.
+
+    What the mask says is the weight: soft edges and gray areas stay as they are.
+    """
     r = FEATHER // 2
     blurred = mask
     for _ in range(2):
         padded = F.pad(blurred, (r, r, r, r), mode="replicate")
         blurred = F.avg_pool2d(padded, 2 * r + 1, stride=1)
-    # A straight edge is at one half after the blur: doubled, it starts at one.
-    return torch.maximum(mask, (2 * blurred).clamp(0, 1))
+    # A straight edge is at one half of its height after the blur: doubled, it starts at all of it,
+    # and nowhere rises above what it falls off from.
+    fall = torch.minimum(2 * blurred, _widest(mask, 2 * r))
+    step = _widest(mask, 1) + _widest(-mask, 1)
+    near_a_hard_edge = _widest((step > HARD).to(mask), 2 * r) > 0
+    return torch.where(near_a_hard_edge, torch.maximum(mask, fall), mask)
+
+
+def _widest(mask: Tensor, reach: int) -> Tensor:
+    """The largest value within so many pixels."""
+    return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
 
 
 def _checked(mask: Tensor, pixels: Tensor) -> Tensor:

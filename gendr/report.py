@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
 from .plan import Plan
+from .settings import Settings
 
 # What a report passes on from its plan, as attributes and in `as_dict`.
 PLANNED = (
@@ -31,13 +32,15 @@ class Progress:
     """Work done so far, over all pictures of a run.
 
     done, total: passes (tiles, and encode and decode where they run on their own).
-    preview: makes a small picture 3 h w in [0, 1] of the part that was just finished; None where
-    there is nothing to see yet. Only pay for it when it will be shown.
+    share: of the work, 0 to 1; passes weigh as much as they compute, and grow strip by strip.
+    preview: makes a small picture 3 h w in [0, 1] of the present one so far. Only pay for it when
+    it will be shown.
     """
 
     done: int
     total: int
     image_index: int
+    share: float
     preview: Callable[[], Tensor] | None = None
 
 
@@ -48,6 +51,7 @@ OnProgress = Callable[[Progress], None]
 class Report:
     """What was done to a batch. Sizes are (height, width).
 
+    settings: the person's choices.
     plan: of what was computed, as it was at the end; what `PLANNED` names of it can be asked for
     here too.
     input_size, output_size: of the pictures, whatever part of them a mask chose.
@@ -55,13 +59,15 @@ class Report:
     dtype: name of the precision.
     delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
     size, and the input; means over the pictures.
-    seam_score: gradient at tile borders / beside them, 1 = nothing to see; None without tiles,
-    and for seamless pictures, whose grid lies elsewhere.
+    seam_score: gradient at tile borders / beside them where the input has no edge there, mean over
+    the pictures; 1 = nothing to see. None without tiles, and for seamless pictures, whose grid lies
+    elsewhere.
     speed, passes: how passes were run, and what the model has kept of them for later ones.
     events: what had to be changed on the way, such as smaller tiles after running out of memory.
     """
 
     model: str
+    settings: Settings
     plan: Plan
     dtype: str
     input_size: tuple[int, int]
@@ -84,6 +90,7 @@ class Report:
         """Plain values on one level, for JSON: what the plan says included."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         del values["plan"]
+        values["settings"] = asdict(self.settings)
         return values | {name: getattr(self.plan, name) for name in PLANNED}
 
     def __str__(self) -> str:
@@ -104,6 +111,7 @@ class Report:
             )
             if self.seam_score is not None:
                 lines[-1] += f", seam score {self.seam_score:.2f}"
+        lines.append(str(self.settings))
         lines.append(
             f"reduced to the input's size: {self.lr_psnr:.1f} dB, mean colour difference "
             f"{self.delta_e:.2f} dE"

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import color, devices
@@ -17,17 +16,21 @@ from .devices import Precision
 from .fidelity import back_project, psnr, reduce
 from .networks.onestep import OneStep, Step
 from .networks.strips import Strips
+from .networks.work import stages
 from .plan import Plan
+from .preview import LatentColours, Preview
 from .report import Cancelled, OnProgress, Progress, Report
 from .resize import pad, resize, roll_up, unroll
 from .settings import Settings
 from .speed.runners import Eager
 from .speed.transfer import Transfer
-from .tiles import Fn, finished, recovering, seam_score, tiled
+from .tiles import Box, Fn, finished, recovering, seam_score, tiled
 
 # ITU-R BT.601, for a grey result.
 LUMA = (0.299, 0.587, 0.114)
-PREVIEW = 256
+# Of what follows the network, per pixel of the result, in multiply-adds that take as long: the
+# colours, and back-projection.
+COLOUR_WORK, FIDELITY_WORK = 2_000, 20_000
 
 
 class NotFinite(RuntimeError):
@@ -58,8 +61,15 @@ class Restoration:
 
     def __post_init__(self) -> None:
         self.done = self.index = 0
+        self.seam_scores: list[float] = []
         extra = 2 if self.plan.mode == "latent_tiles" else 0
         self.total = (self.plan.tiles + extra) * self.plan.images
+        # Multiply-adds: of a pixel in each stage, of the present picture so far, of its strips since
+        # the last pass. And the share of all work that was told last: it never goes back.
+        self.work = stages(self.network, passes=2 if self.guidance > 1 else 1)
+        self.worked = self.strip_work = 0.0
+        self.share = 0.0
+        self.preview: Preview | None = None
         self.exact: Step | None = None
         self.ahead = self.runner.ahead
         self.transfer = Transfer(self.device, ahead=self.ahead)
@@ -78,6 +88,7 @@ class Restoration:
         )
         report = Report(
             model=self.name,
+            settings=self.settings,
             plan=self.plan,
             dtype=self.precision.name,
             input_size=self.plan.input_size,
@@ -90,9 +101,10 @@ class Restoration:
                 result[one], delta_e, lr_psnr = self.restore_channels(image[one])
                 report.delta_e += delta_e / batch
                 report.lr_psnr += lr_psnr / batch
+                self.finish_picture(result[one])
             report.plan = self.plan
-            if self.plan.tiles > 1 and not self.settings.seamless:
-                report.seam_score = seam_score(result[:, : min(3, channels)], self.plan.grid)
+            if self.seam_scores:
+                report.seam_score = sum(self.seam_scores) / batch
         report.passes = self.runner.told()
         report.seconds = time.perf_counter() - started
         report.peak_bytes = devices.peak_bytes(self.device)
@@ -132,10 +144,17 @@ class Restoration:
         else:
             y = y[..., : plan.output_size[0], : plan.output_size[1]]
             y = color.apply(settings.color_fix, y, enlarged)
-        return back_project(y.clamp(0, 1), image, settings.fidelity)
+        y = back_project(y.clamp(0, 1), image, settings.fidelity)
+        if plan.tiles > 1 and not settings.seamless:
+            self.seam_scores.append(seam_score(y, plan.grid, enlarged))
+        return y
 
     def network_pass(self, x: Tensor) -> Tensor:
         """1 3 H W in [-1, 1] -> the same, by the plan's mode."""
+        if self.progress is not None:
+            (height, width), margin = self.plan.output_size, self.plan.margin
+            self.preview = Preview(x, Box(margin, margin, margin + height, margin + width))
+            self.tell_progress()
         if self.plan.mode == "latent_tiles":
             try:
                 return self.latent_tiles_pass(x)
@@ -144,6 +163,13 @@ class Restoration:
                     raise
             self.ran_out("out of memory with the autoencoder over the whole: going on in tiles")
             self.plan = replace(self.plan, mode="tiles", strips=False, tile_batch=1)
+        boxes = list(self.plan.grid.boxes())
+
+        def after(i: int, n: int, out: Tensor) -> None:
+            if self.preview is not None:
+                self.preview.lay(out[:1], boxes[i], self.plan.padded_size)
+            self.advance("encode", "step", "decode")
+
         return tiled(
             self.forward,
             x,
@@ -151,24 +177,33 @@ class Restoration:
             batch=self.plan.tile_batch,
             ahead=self.ahead,
             before=lambda i, n: self.check(),
-            after=lambda i, n, out: self.advance(lambda: small((out[:1] + 1) / 2)),
+            after=after,
         )
 
     def latent_tiles_pass(self, x: Tensor) -> Tensor:
         """The autoencoder over the whole picture, the UNet in tiles of the latent."""
         latent = finished(self.finite("encode", x))
-        self.advance(None)
+        self.advance("encode")
+        grid = self.plan.grid.reduced(self.network.config.vae.factor)
+        boxes = list(grid.boxes())
+        colours = None if self.preview is None else LatentColours(latent, x)
+
+        def after(i: int, n: int, out: Tensor) -> None:
+            if self.preview is not None:
+                self.preview.lay(colours(out[:1]), boxes[i], (grid.height, grid.width))
+            self.advance("step")
+
         latent = tiled(
             self.step,
             latent,
-            self.plan.grid.reduced(self.network.config.vae.factor),
+            grid,
             batch=self.plan.tile_batch,
             ahead=self.ahead,
             before=lambda i, n: self.check(),
-            after=lambda i, n, out: self.advance(None),
+            after=after,
         )
         y = finished(self.finite("decode", latent))
-        self.advance(lambda: small((y + 1) / 2))
+        self.advance("decode")
         return y
 
     def recovering(self, stage: str, multiple: int) -> Fn:
@@ -208,7 +243,7 @@ class Restoration:
     def compute(self, network: Step, stage: str, x: Tensor) -> Tensor:
         """A stage of this network, its autoencoder by strips where the plan says so."""
         if self.plan.strips and isinstance(network, OneStep):
-            network = Strips(network, check=self.check)
+            network = Strips(network, check=self.check, worked=self.strip_done)
         if stage in ("step", "forward"):
             return getattr(network, stage)(x, detail=self.settings.detail, guidance=self.guidance)
         return getattr(network, stage)(x)
@@ -248,10 +283,50 @@ class Restoration:
         if self.cancelled is not None and self.cancelled():
             raise Cancelled("stopped between two tiles; nothing was written")
 
-    def advance(self, preview: Callable[[], Tensor] | None) -> None:
+    def advance(self, *passed: str) -> None:
+        """A pass of these stages is done."""
         self.done = min(self.done + 1, self.total)
+        self.worked += sum(self.pass_work(stage) for stage in passed)
+        self.strip_work = 0.0
+        self.tell_progress()
+
+    def strip_done(self, work: float) -> None:
+        """A strip within a pass is done."""
+        self.strip_work += work
+        self.tell_progress()
+
+    def pass_work(self, stage: str) -> float:
+        """Of one pass of this stage over what it sees of the picture."""
+        whole = self.plan.mode == "latent_tiles" and stage != "step"
+        height, width = self.plan.padded_size if whole else self.plan.tile
+        return self.work[stage] * height * width
+
+    def picture_work(self) -> float:
+        """Of one picture, with what follows the network."""
+        tiles = self.plan.tiles
+        once = self.plan.mode == "latent_tiles"
+        network = sum(
+            self.pass_work(stage) * (1 if once and stage != "step" else tiles)
+            for stage in self.work
+        )
+        height, width = self.plan.output_size
+        after = COLOUR_WORK + (FIDELITY_WORK if self.settings.fidelity else 0)
+        return network + after * height * width
+
+    def finish_picture(self, result: Tensor) -> None:
+        """A picture is done, its colours and all."""
+        self.worked = self.picture_work()
         if self.progress is not None:
-            self.progress(Progress(self.done, self.total, self.index, preview))
+            colours = split_alpha(result)[0].expand(-1, 3, -1, -1)
+            self.preview = Preview(2 * colours - 1)
+        self.tell_progress()
+        self.worked = self.strip_work = 0.0
+
+    def tell_progress(self) -> None:
+        part = min(1.0, (self.worked + self.strip_work) / self.picture_work())
+        self.share = max(self.share, (self.index + part) / self.plan.images)
+        if self.progress is not None:
+            self.progress(Progress(self.done, self.total, self.index, self.share, self.preview))
 
     def tell(self, event: str) -> None:
         """For the report, once."""
@@ -270,13 +345,3 @@ def distance_to(result: Tensor, image: Tensor) -> tuple[float, float]:
     three = (-1, 3, -1, -1)
     delta_e = float(color.delta_e(back.expand(three), image.expand(three)).mean())
     return delta_e, psnr(back, image)
-
-
-def small(image: Tensor) -> Tensor:
-    """A preview, 3 h w on the CPU, at most `PREVIEW` pixels wide or high."""
-    factor = PREVIEW / max(image.shape[-2:])
-    image = image[0].float().clamp(0, 1)
-    if factor < 1:
-        size = [max(1, round(side * factor)) for side in image.shape[-2:]]
-        image = F.interpolate(image[None], size=size, mode="area")[0]
-    return image.cpu()

@@ -113,5 +113,24 @@ class Settings:
         # Halves go up: Python's own round() would send 2.5 to 2 and 3.5 to 4.
         return tuple(max(1, math.floor(side * factor + 0.5)) for side in (height, width))
 
+    def __str__(self) -> str:
+        """The choices in words, for a report: the usual ones always, others where they were made."""
+        size = next((name for name in TARGETS if getattr(self, name)), "scale")
+        usual = (size, "color_fix", "detail", "fidelity")
+        made = [
+            field.name
+            for field in fields(self)
+            if field.name not in (*usual, "scale") and getattr(self, field.name) != field.default
+        ]
+        return ", ".join(
+            f"{name.replace('_', ' ')} {_told(getattr(self, name))}" for name in (*usual, *made)
+        )
+
+
+def _told(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
 
 NAMES = tuple(field.name for field in fields(Settings))

@@ -27,6 +27,8 @@ RECOVERY_OVERLAP = 6
 SEAM_NEAR, SEAM_FAR = 4, 16
 # Half a step of 8 bits: a gradient below it is invisible, so a flat picture has no seams.
 SEAM_FLOOR = (0.5 / 255) ** 2
+# The input has an edge of its own at a border where it changes so many times as much as beside it.
+SEAM_EDGE = 4.0
 
 
 class Box(NamedTuple):
@@ -304,10 +306,12 @@ def recovering(
     return run
 
 
-def seam_score(image: Tensor, grid: Grid) -> float:
+def seam_score(image: Tensor, grid: Grid, plain: Tensor | None = None) -> float:
     """Gradient energy across the tiles' borders / that of lines near them; 1.0 = no seam visible.
 
     image: b c h w in [0, 1], at least what is left of the grid's picture after cropping.
+    plain: the enlarged input, of the same size. Where it has an edge, what is seen there belongs to
+    the picture and is left out; so a border that runs along an edge of the picture is not judged.
     """
     seams, others = [], []
     for dim, starts, edge, length in (
@@ -318,26 +322,36 @@ def seam_score(image: Tensor, grid: Grid) -> float:
         closed = grid.wrap and size == length
         borders = {p % length if grid.wrap else p for s in starts for p in (s, s + edge)}
         # Line p is the step from row p - 1 to row p; row 0 has one on a torus only.
-        lines = {p for p in borders if (0 if closed else 1) <= p < size}
-        far = {
-            p + sign * d for p in lines for d in range(SEAM_NEAR, SEAM_FAR + 1) for sign in (-1, 1)
-        }
+        lines = [p for p in sorted(borders) if (0 if closed else 1) <= p < size]
         near_a_border = {p + d for p in borders for d in range(1 - SEAM_NEAR, SEAM_NEAR)}
-        far = {p for p in far - near_a_border if 1 <= p < size}
-        seams.append(_steps(image, dim, sorted(lines)))
-        others.append(_steps(image, dim, sorted(far)))
-    seam, other = torch.cat(seams), torch.cat(others)
+        for line in lines:
+            distances = [s * d for d in range(SEAM_NEAR, SEAM_FAR + 1) for s in (-1, 1)]
+            far = sorted({line + d for d in distances} - near_a_border)
+            far = [p for p in far if 1 <= p < size]
+            if not far:
+                continue
+            seam, other = _steps(image, dim, [line])[0], _steps(image, dim, far)
+            if plain is not None:
+                here = [p for p in range(line + 1 - SEAM_NEAR, line + SEAM_NEAR) if 1 <= p < size]
+                at, beside = _steps(plain, dim, here).amax(0), _steps(plain, dim, far)
+                limit = SEAM_EDGE * (beside.median(0).values + SEAM_FLOOR)
+                flat = at <= limit
+                seam, other = seam[flat], other[(beside <= limit) & flat]
+            seams.append(seam.double())
+            others.append(other.double().flatten())
+    seam, other = (torch.cat(part) if part else torch.zeros(0) for part in (seams, others))
     if not len(seam) or not len(other):
         return 1.0
     return ((seam.mean() + SEAM_FLOOR) / (other.mean() + SEAM_FLOOR)).item()
 
 
 def _steps(image: Tensor, dim: int, lines: list[int]) -> Tensor:
-    """Mean squared step across each line."""
+    """Squared steps across each line: lines x positions, means over colours and pictures."""
     here = torch.tensor(lines, dtype=torch.long, device=image.device)
     there = (here - 1) % image.shape[dim]
     step = image.index_select(dim, here).float() - image.index_select(dim, there).float()
-    return step.square_().movedim(dim, 0).flatten(1).mean(1)
+    # b c lines positions, whichever way the lines run.
+    return step.square_().movedim(dim, 2).mean((0, 1))
 
 
 def _weights(starts: tuple[int, ...], edge: int, length: int, wrap: bool) -> list[Tensor]:

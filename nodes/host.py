@@ -39,6 +39,8 @@ EMBEDDED = "GenDR-Tiny"
 # A preview is drawn inside the node: often enough to watch, rarely enough to cost nothing.
 PREVIEW_SECONDS = 0.5
 PREVIEW_PIXELS = 256
+# Steps of the node's bar: messages that would not move it are not worth sending.
+BAR = 1000
 
 _PACK = __package__.removesuffix("nodes")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -226,24 +228,28 @@ def taken(node_id: str | None, output: int) -> bool:
 
 
 class Progress:
-    """Tiles of all pictures on the node's bar, with a small preview now and then."""
+    """The work on all pictures on the node's bar, with a small preview now and then."""
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.shown = 0
         self.drawn = time.monotonic()
 
     def __call__(self, progress: Any) -> None:
-        """progress: a `gendr` Progress, after each tile."""
+        """progress: a `gendr` Progress, after each tile and strip."""
         if not HOSTED:
             return
         if self.bar is None:
-            self.bar = comfy.utils.ProgressBar(progress.total)
+            self.bar = comfy.utils.ProgressBar(BAR)
         preview = None
         now = time.monotonic()
         if progress.preview is not None and now - self.drawn > PREVIEW_SECONDS:
             preview = ("JPEG", _to_pil(progress.preview()), PREVIEW_PIXELS)
             self.drawn = now
-        self.bar.update_absolute(progress.done, progress.total, preview)
+        done = round(BAR * progress.share)
+        if preview is not None or done > self.shown:
+            self.bar.update_absolute(done, BAR, preview)
+            self.shown = done
 
 
 def _to_pil(picture: Tensor) -> Image.Image:

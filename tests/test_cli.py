@@ -235,7 +235,7 @@ def test_bar_counts_all_work_and_the_time_left():
     bar.picture(100, worked=False)  # skipped: must not make the rest look quick
     bar.begin("b.png", 100)
     now[0] = 10.0
-    bar.tile(1, 2)
+    bar.tile(1, 2, 0.5)
     assert bar.left(150) == "00:50 left"
     assert "picture 2/3 | tile 2/2 | 00:50 left | b.png" in bar.stream.getvalue()
     bar.clear()
@@ -245,7 +245,7 @@ def test_bar_counts_all_work_and_the_time_left():
 def test_bar_is_silent_without_a_terminal():
     bar = Bar(pictures=1, pixels=10, stream=io.StringIO())
     bar.begin("a.png", 10)
-    bar.tile(1, 1)
+    bar.tile(1, 1, 1.0)
     assert bar.stream.getvalue() == ""
 
 

@@ -55,6 +55,22 @@ def test_a_wrong_result_is_no_working_dtype(monkeypatch):
     assert devices.probe.__wrapped__("cpu", "bf16")[0] is False
 
 
+def test_a_hopeless_dtype_is_left_after_a_small_try(monkeypatch):
+    sizes = []
+
+    def timed(x, weight):
+        sizes.append(x.shape[-1])
+        return torch.nn.functional.conv2d(x.float(), weight.float(), padding=1), (
+            1.0 if x.dtype == torch.float32 else 100.0
+        )
+
+    monkeypatch.setattr(devices, "_timed", timed)
+    works, gain = devices.probe.__wrapped__("cpu", "bf16")
+    assert works
+    assert gain == 0.01
+    assert max(sizes) == 8
+
+
 def test_devices():
     assert choose_device("cpu") == CPU
     assert choose_device().type in ("cpu", "cuda", "mps", "xpu")

@@ -517,7 +517,7 @@ def test_the_sets_tell_where_they_are(capsys):
 def test_spandrel_is_named_where_it_is_missing(pairs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "spandrel", None)
     assert run(pairs, "--spandrel", "x.pth") == 2
-    assert "pip install spandrel" in capsys.readouterr().err
+    assert "pip install --no-deps spandrel" in capsys.readouterr().err
 
 
 def test_choice_of_pictures_goes_from_worst_to_best(pairs):

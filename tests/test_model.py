@@ -182,7 +182,7 @@ def test_modes_agree_without_normalisation(plain):
 def test_progress_counts_all_work(tiny, settings):
     seen = []
     tiny.restore(picture(40, 50, b=2), 3, progress=seen.append, **settings)
-    assert [p.done for p in seen] == list(range(1, seen[-1].total + 1))
+    assert sorted({p.done for p in seen} - {0}) == list(range(1, seen[-1].total + 1))
     assert {p.image_index for p in seen} == {0, 1}
     last = seen[-1].preview()
     assert last.shape[0] == 3

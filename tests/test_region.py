@@ -89,6 +89,37 @@ def test_the_part_lies_where_it_belongs(scale):
     assert (result - whole).abs().max() < 0.004
 
 
+@pytest.mark.parametrize("level", [0.1, 0.5, 0.9])
+def test_what_the_mask_says_is_the_weight(tiny, level):
+    """Halfway between enlarged and restored where the mask is one half."""
+    image = picture(40, 50)
+    result = tiny.restore(image, 2, mask=torch.full((40, 50), level))
+    expected = torch.lerp(resize(image, (80, 100)), tiny.restore(image, 2), level)
+    assert torch.allclose(result, expected, atol=1e-6)
+
+
+def test_soft_edges_stay_as_they_were_painted():
+    ramp = torch.linspace(0, 1, 60).expand(1, 1, 40, 60)
+    brush = torch.zeros(1, 1, 80, 80)
+    brush[..., 30:50, 30:50] = 1
+    for _ in range(3):
+        brush = torch.nn.functional.avg_pool2d(brush, 9, stride=1, padding=4)
+    for mask in (ramp, brush, 0.4 * ramp):
+        assert torch.equal(region.feather(mask), mask)
+
+
+@pytest.mark.parametrize("level", [0.6, 1.0])
+def test_a_hard_edge_falls_off_outside(level):
+    mask = torch.zeros(1, 1, 60, 60)
+    mask[..., 20:40, 20:40] = level
+    soft = region.feather(mask)[0, 0]
+    assert (soft[20:40, 20:40] == level).all()
+    line = soft[30, : 20 + 1]
+    assert (line.diff() >= 0).all()
+    assert line[19] > 0.7 * level
+    assert not line[: 20 - region.FEATHER].any()
+
+
 def test_a_thin_line_does_not_fade():
     mask = torch.zeros(1, 1, 40, 40)
     mask[..., 20, :] = 1

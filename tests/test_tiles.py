@@ -298,6 +298,20 @@ def test_seam_score_sees_a_seam():
     assert seam_score(elsewhere, grid) == pytest.approx(1, abs=0.15)
 
 
+def test_content_that_crosses_a_border_is_no_seam():
+    """A collage whose parts meet where tiles meet: the input says that the edge is its own."""
+    grid = fit_grid(256, 256, 96, 32, 8)
+    plain = smooth(256, 256) + 0.01 * picture(256, 256)
+    plain[..., 64:128, grid.tops[1] - 1 :] *= 0.3
+    plain[..., grid.tops[1] :, :] *= 0.5
+    sharper = plain + 0.5 * (plain - F.avg_pool2d(plain, 5, stride=1, padding=2))
+    assert seam_score(sharper, grid) > 1.8
+    assert seam_score(sharper, grid, plain) < 1.15
+    broken = sharper.clone()
+    broken[..., :, grid.lefts[1] :] += 0.05
+    assert seam_score(broken, grid, plain) > 2
+
+
 def test_seam_score_without_seams_is_one():
     assert seam_score(picture(64, 64), fit_grid(64, 64, 64, 8, 8)) == 1
     assert seam_score(torch.full((1, 3, 128, 128), 0.5), fit_grid(128, 128, 64, 16, 8)) == 1

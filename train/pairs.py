@@ -2,8 +2,7 @@
 teacher's results.
 
     python -m train.pairs --data DIR --out DIR --count N --crop 192 --mix tiny --seed 0
-        [--teacher MODEL.param MODEL.bin] [--workers 1] [--weights cid22=1.5,budgie=.5]
-        [--drawn .05]
+        [--teacher MODEL] [--workers 1] [--weights cid22=1.5,budgie=.5] [--drawn .05] [--flat .03]
 
 A shard is `pairs-00000.json` (written last: without it a shard does not count) beside uint8 arrays
 that can be memory mapped: `.hr.npy` (n h w 3), `.lr.npy` (n h/4 w/4 3), `.teacher.npy` (n h w 3).
@@ -33,9 +32,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from train import degrade
+from train import degrade, peers
 from train.data import pictures as data
-from train.tiny import teacher
 
 SHARD = 1024
 SHRINK = (0.5, 1.0)  # now and then a source is made smaller first, so that scales vary
@@ -52,6 +50,7 @@ class Options:
     seed: int = 0
     scale: int = 4
     drawn: float = 0.05
+    flat: float = 0.0
     weights: tuple[tuple[str, float], ...] = ()
 
 
@@ -150,11 +149,26 @@ def drawn_crop(side: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(page.resize((side, side), Image.Resampling.BOX))
 
 
+def flat_crop(side: int, rng: np.random.Generator) -> np.ndarray:
+    """Paper: one colour, often white or black, or a slow change from one colour to another,
+    `side side 3` uint8. Whoever has never seen it tints it."""
+    pure = rng.random() < 0.6
+    ends = rng.integers(0, 256, (2, 3)) if not pure else np.full((2, 3), rng.choice([0, 255]))
+    if pure or rng.random() < 0.4:
+        return np.broadcast_to(ends[0].astype(np.uint8), (side, side, 3)).copy()
+    place = np.linspace(0, 1, side)
+    ramp = (place[:, None] * rng.random() + place[None, :] * rng.random())[..., None]
+    return (ends[0] + (ends[1] - ends[0]) * ramp / 2).round().clip(0, 255).astype(np.uint8)
+
+
 def crop(source: Source, options: Options, rng: np.random.Generator) -> np.ndarray:
     """One high-resolution crop, `side side 3` uint8."""
     side = options.crop
-    if rng.random() < options.drawn:
+    drawn = rng.random()
+    if drawn < options.drawn:
         return drawn_crop(side, rng)
+    if drawn < options.drawn + options.flat:
+        return flat_crop(side, rng)
     for _ in range(3):
         pixels = source.draw(rng)
         factor = float(rng.uniform(*SHRINK)) if rng.random() < SHRINK_SHARE else 1.0
@@ -213,7 +227,7 @@ def make(
     count: int,
     options: Options,
     *,
-    model: teacher.Teacher | None = None,
+    model: peers.Teacher | None = None,
     workers: int = 1,
     batch: int = 16,
     shard: int = SHARD,
@@ -259,7 +273,7 @@ def make(
                 hr[i], lr[i] = crop_i, low_i
             if model:
                 for at in range(0, n, batch):
-                    taught[at : at + batch] = model.restore(lr[at : at + batch])
+                    taught[at : at + batch] = model.restore(lr[at : at + batch], side)
             for name, array in (("lr", lr), ("teacher", taught), ("hr", hr)):
                 if array is not None:
                     path = out / f"{stem.name}.{name}.npy"
@@ -273,7 +287,8 @@ def make(
             pool.terminate()
 
 
-def _weights(text: str) -> tuple[tuple[str, float], ...]:
+def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
+    """`source=factor,source=factor` of a command line."""
     try:
         found = [(k, float(v)) for k, v in (part.split("=") for part in text.split(",") if part)]
     except ValueError as error:
@@ -294,9 +309,18 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--drawn", type=float, default=0.05, help="share of rendered text and line art (0.05)"
     )
-    p.add_argument("--weights", type=_weights, default=(), metavar="SOURCE=FACTOR,...")
-    p.add_argument("--teacher", type=Path, nargs=2, metavar=("MODEL.param", "MODEL.bin"))
-    p.add_argument("--fp32", action="store_true", help="run the teacher in float32 (bfloat16)")
+    p.add_argument("--weights", type=parse_weights, default=(), metavar="SOURCE=FACTOR,...")
+    p.add_argument(
+        "--flat", type=float, default=0.0, help="share of empty paper and slow gradients (0)"
+    )
+    p.add_argument(
+        "--teacher", type=Path, metavar="MODEL", help="any restorer that spandrel can read"
+    )
+    p.add_argument(
+        "--fp32",
+        action="store_true",
+        help="run the teacher in float32; bfloat16 is slower on CPUs that only emulate it",
+    )
     p.add_argument("--device", default="cpu", help="where the teacher runs (cpu)")
     p.add_argument("--workers", type=int, default=1, help="processes that degrade (1)")
     p.add_argument("--threads", type=int, default=0, help="torch threads (its own choice)")
@@ -306,13 +330,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     options = Options(
-        crop=args.crop, mix=args.mix, seed=args.seed, drawn=args.drawn, weights=args.weights
+        crop=args.crop,
+        mix=args.mix,
+        seed=args.seed,
+        drawn=args.drawn,
+        flat=args.flat,
+        weights=args.weights,
     )
     try:
         model = None
         if args.teacher:
-            model = teacher.load(*args.teacher)
-            model = model.to(args.device, torch.float32 if args.fp32 else torch.bfloat16)
+            model = peers.teacher(args.teacher, device=args.device, half=not args.fp32)
         for line in make(
             args.data, args.out, args.count, options, model=model, workers=args.workers
         ):

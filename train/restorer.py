@@ -4,6 +4,11 @@
     python -m train.autoencoder --data PAIRS --out runs/autoencoder
     python -m train.restorer --data PAIRS --autoencoder runs/autoencoder --out runs/restorer
 
+or, from an existing model, with pairs of all scales made as training goes:
+
+    python -m train.restorer --pictures PICTURES --init gendr/weights/gendr-tiny.safetensors \
+        --out runs/finer --perceptual 1
+
 Run the same command again to resume. The target is the clean crop, the result of a frozen teacher
 on the damaged one (where the shards hold it), or a mixture of both. A share of every batch goes
 through the autoencoder alone, so that the latent stays one: `detail` 0 must give the input back,
@@ -13,7 +18,9 @@ and distillation (train.cida) needs latents of clean pictures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +36,21 @@ from gendr.networks.onestep import StepConfig, Unfolded
 from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
 from gendr.schedule import beta_bar
-from train import layers
+from train import degrade, layers, pairs, peers
 from train.data.shards import Pairs
 from train.memory import plan
 from train.pixels import enlarge, pixel_loss, psnr
 from train.run import Average, Run, step_generator
 from train.tiny.adversary import (
     Discriminator,
-    balance,
+    FeatureDiscriminator,
+    balanced,
     discriminator_loss,
     feature_matching,
     generator_loss,
 )
+from train.tiny.fresh import Fresh, Scales
+from train.tiny.perceptual import efficientnet_lite0
 
 # Tiles of the exported model, pixels. Larger than the crops it is trained on: the autoencoder has
 # no normalisation and the UNet's attention is local enough (measured at 256, 512 and 1024).
@@ -77,6 +87,56 @@ def new_network(config: StepConfig, vae: dict[str, Tensor], seed: int) -> Unfold
     return network
 
 
+def initial(path: Path, config: StepConfig, seed: int) -> Unfolded:
+    """A network with the weights of a run folder of this script, or of a GenDR checkpoint."""
+    if path.is_dir():
+        network = new_network(config, VAE(config.vae).state_dict(), seed)
+        network.load_state_dict(load_file(path / "network.safetensors"))
+        return network
+    header, tensors = checkpoint.read(path)
+    checkpoint.check_full(header, path, "can't be trained")
+    if header.config != config:
+        raise ValueError(f"{path} is not of GenDR-Tiny's structure: --init can't go on from it")
+    network = checkpoint.unfolded(config, tensors, operations=layers)
+    return network.float()
+
+
+def enlarged(batch: dict[str, Tensor], scale: int) -> dict[str, Tensor]:
+    """A batch of shards with the network's `input` beside the low-resolution picture."""
+    return {**batch, "input": enlarge(batch["lr"], scale)}
+
+
+def from_shards(data: Pairs, seed: int, first: int, batch: int, crop: int) -> Iterator[dict]:
+    """Batches of the steps after `first`."""
+    step = first
+    while True:
+        step += 1
+        yield enlarged(data.batch(step_generator(seed, step), batch, crop), data.scale)
+
+
+def fresh(args: argparse.Namespace, *, scales: str, clean: float, seed: int) -> Fresh:
+    """Pairs of --pictures with the run's crop and mix."""
+    options = pairs.Options(
+        crop=args.crop,
+        mix=args.mix,
+        seed=seed,
+        drawn=args.drawn,
+        flat=args.flat,
+        weights=args.weights,
+    )
+    teacher = peers.teacher(Path(args.teacher)) if args.teacher else None
+    return Fresh(args.pictures, options, Scales.parse(scales), clean, teacher=teacher)
+
+
+def checks(args: argparse.Namespace, count: int) -> dict[str, dict[str, Tensor]]:
+    """What a run on fresh pairs is looked at with: fixed batches that it is not trained on."""
+    found = {}
+    for name, scales, clean in (("damaged_x4", "4=1", 0.0), ("clean_x2", "2=1", 1.0)):
+        data = fresh(args, scales=scales, clean=clean, seed=args.seed + 1_000_000)
+        found[name] = next(data.batches(0, count))
+    return found
+
+
 def export(path: Path, network: Unfolded, name: str, step: int) -> None:
     """Write what `gendr.load` and Load GenDR take as it is."""
     facts = {
@@ -100,12 +160,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, help="folder of shards made by train.pairs")
+    parser.add_argument("--data", help="folder of shards made by train.pairs")
+    parser.add_argument(
+        "--pictures", help="folder of pictures instead: pairs are made as training goes"
+    )
+    parser.add_argument(
+        "--scales",
+        default="4=.5,2=.2,1-4=.3",
+        help="of fresh pairs: scale=weight or low-high=weight, separated by commas",
+    )
+    parser.add_argument(
+        "--clean", type=float, default=0.35, help="share of fresh pairs that are only reduced"
+    )
+    parser.add_argument(
+        "--teacher",
+        help="a restorer that spandrel can read, for damaged fresh pairs of large scales",
+    )
+    parser.add_argument("--mix", choices=tuple(degrade.MIXES), default="tiny", help="of the others")
+    parser.add_argument("--drawn", type=float, default=0.06, help="share of text and line art")
+    parser.add_argument("--flat", type=float, default=0.03, help="share of empty paper")
+    parser.add_argument(
+        "--weights", type=pairs.parse_weights, default=(), metavar="SOURCE=FACTOR,..."
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that make fresh pairs")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--autoencoder", help="run folder of train.autoencoder to begin from")
     parser.add_argument(
         "--init",
-        help="run folder of train.restorer to begin from instead, its discriminator included",
+        help="run folder of train.restorer to begin from instead, its discriminator included, or "
+        "a GenDR-Tiny checkpoint",
     )
     parser.add_argument("--name", default="GenDR-Tiny", help="written into the exported file")
     parser.add_argument("--steps", type=int, default=8000)
@@ -125,9 +208,32 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--warmup", type=int, default=250)
     parser.add_argument(
+        "--schedule",
+        choices=("cosine", "constant_with_warmup"),
+        default="cosine",
+        help="constant for a stretch whose end is not known yet",
+    )
+    parser.add_argument(
+        "--fp32",
+        action="store_true",
+        help="no bf16, for CPUs that only emulate it (without avx512_bf16)",
+    )
+    parser.add_argument(
         "--teacher-share", type=float, default=0.85, help="the rest is the clean crop"
     )
     parser.add_argument("--gradient", type=float, default=0.5, help="weight of the edge term")
+    parser.add_argument(
+        "--perceptual",
+        type=float,
+        default=0.0,
+        help="weight of the distance of EfficientNet-Lite0's features: 1",
+    )
+    parser.add_argument(
+        "--perceptual-to",
+        choices=("hr", "teacher", "both"),
+        default="hr",
+        help="what that distance is measured to; both: the mean of the two",
+    )
     parser.add_argument("--autoencode", type=float, default=0.25, help="share of the batch")
     parser.add_argument(
         "--adversarial",
@@ -142,6 +248,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--matching", type=float, default=0.0, help="weight of the discriminator's features: 1"
+    )
+    parser.add_argument(
+        "--judge",
+        choices=("patch", "features"),
+        default="patch",
+        help="the discriminator sees pixels, or the features of --perceptual",
     )
     parser.add_argument("--judge-width", type=int, default=32, help="of the discriminator")
     parser.add_argument(
@@ -163,16 +275,33 @@ def main(argv: list[str] | None = None) -> None:
         return
     del args.dry_run
     config: dict[str, Any] = {**vars(args), "step": dataclasses.asdict(step_config)}
-    run = Run(args.out, config, free=("data", "device", "save_every", "autoencoder", "init"))
+    if bool(args.data) == bool(args.pictures):
+        parser.error("give --data (shards) or --pictures (fresh pairs), one of the two")
+    taught = bool(args.teacher_share) or args.real == "teacher"
+    if args.pictures and taught != bool(args.teacher):
+        parser.error("fresh pairs need --teacher for --teacher-share above 0 or --real teacher")
+    if args.judge == "features" and args.adversarial and not args.perceptual:
+        parser.error("--judge features looks at what --perceptual computes: give it a weight")
+    if args.judge == "features" and args.matching:
+        parser.error("--matching compares features of --judge patch; --perceptual does it here")
+    run = Run(
+        args.out,
+        config,
+        free=("data", "pictures", "device", "save_every", "autoencoder", "init", "workers"),
+    )
     run.catch_signals()
-    taught = args.teacher_share or args.real == "teacher"
-    parts = ("hr", "lr", "teacher") if taught else ("hr", "lr")
-    pairs = Pairs(args.data, parts)
     device = torch.device(args.device)
+    if args.data:
+        shards = Pairs(args.data, ("hr", "lr", "teacher") if taught else ("hr", "lr"))
+        whole = shards.batch(step_generator(args.seed, -1), 16, shards.size // 64 * 64)
+        fixed_batches = {"": enlarged(whole, shards.scale)}
+    else:
+        made = fresh(args, scales=args.scales, clean=args.clean, seed=args.seed)
+        fixed_batches = checks(args, 16)
+    perceptual = efficientnet_lite0().to(device) if args.perceptual else None
 
     if args.init:
-        network = new_network(step_config, VAE(step_config.vae).state_dict(), args.seed)
-        network.load_state_dict(load_file(Path(args.init) / "network.safetensors"))
+        network = initial(Path(args.init), step_config, args.seed)
     elif args.autoencoder:
         vae = load_file(Path(args.autoencoder) / "vae.safetensors")
         network = new_network(step_config, vae, args.seed)
@@ -192,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps
+        args.schedule, optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps
     )
     average = Average(network, args.ema)
     state = {
@@ -201,8 +330,14 @@ def main(argv: list[str] | None = None) -> None:
         "schedule": schedule,
         "average": average,
     }
-    discriminator = Discriminator(args.judge_width).to(device) if args.adversarial else None
-    if discriminator is not None:
+    discriminator = None
+    if args.adversarial:
+        if args.judge == "features":
+            maps = perceptual.maps(torch.zeros(1, 3, 64, 64, device=device))
+            discriminator = FeatureDiscriminator([m.shape[1] for m in maps], args.judge_width)
+        else:
+            discriminator = Discriminator(args.judge_width)
+        discriminator.to(device)
         judge = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
         state |= {"discriminator": discriminator, "judge": judge}
         if args.init and (earlier := Path(args.init) / "state.pt").exists():
@@ -221,34 +356,47 @@ def main(argv: list[str] | None = None) -> None:
             export(run.folder / "model.safetensors", network, args.name, step)
 
     def validate(step: int) -> str:
-        batch = pairs.batch(step_generator(args.seed, -1), 16, pairs.size // 64 * 64)
-        x, hr = enlarge(batch["lr"].to(device), pairs.scale), batch["hr"].to(device)
-        with average.swapped(), torch.no_grad():
-            y = network(x)
-            plain = network.vae.decode(network.vae.encode(hr))
-        values = {
-            "psnr": psnr(y, hr),
-            "psnr_bicubic": psnr(x, hr),
-            "psnr_autoencoder": psnr(plain, hr),
-        }
-        rows = [x[:6], y[:6], hr[:6]]
-        if "teacher" in batch:
-            target = batch["teacher"].to(device)
-            values["psnr_to_teacher"] = psnr(y, target)
-            rows.insert(2, target[:6])
+        values = {}
+        for name, batch in fixed_batches.items():
+            x, hr = batch["input"].to(device), batch["hr"].to(device)
+            prefix = f"{name}_" if name else ""
+            with average.swapped(), torch.no_grad():
+                y = network(x)
+                z = network.vae.encode(hr)
+                plain = network.vae.decode(z)
+                if perceptual is not None:
+                    values[f"{prefix}perceptual"] = float(perceptual(y, hr))
+            values |= {
+                f"{prefix}psnr": psnr(y, hr),
+                f"{prefix}psnr_input": psnr(x, hr),
+                f"{prefix}psnr_autoencoder": psnr(plain, hr),
+                f"{prefix}latent_std": float(z.std()),
+            }
+            rows = [x[:6], y[:6], hr[:6]]
+            if "teacher" in batch:
+                target = batch["teacher"].to(device)
+                values[f"{prefix}psnr_to_teacher"] = psnr(y, target)
+                rows.insert(2, target[:6])
+            sheet(run.folder / f"{prefix}sheet.png", *rows)
         run.log(step, **values)
-        sheet(run.folder / "sheet.png", *rows)
-        return "  ".join(f"{k} {v:.2f}" for k, v in values.items())
+        return "  ".join(f"{k} {v:.3f}" for k, v in values.items())
 
+    if args.data:
+        batches = from_shards(shards, args.seed, first, args.batch, args.crop)
+    else:
+        batches = made.batches(first * args.batch, args.batch, workers=args.workers)
+    if args.fp32:
+        precision = contextlib.nullcontext()
+    else:
+        precision = torch.autocast(device.type, torch.bfloat16)
     step = first
     for step in run.steps(first, args.steps, images=args.batch):
-        generator = step_generator(args.seed, step)
-        batch = {k: v.to(device) for k, v in pairs.batch(generator, args.batch, args.crop).items()}
-        x = enlarge(batch["lr"], pairs.scale)
+        batch = {k: v.to(device) for k, v in next(batches).items()}
+        x = batch["input"]
         share = max(1, round(args.batch * args.autoencode)) if args.autoencode else 0
         # Clean and damaged pictures in turn: the latent must hold both.
         plain = (batch["hr"] if step % 2 else x)[:share]
-        with torch.autocast(device.type, torch.bfloat16):
+        with precision:
             z = network.encode(torch.cat([x, plain]))
             z_l, z_plain = z[: args.batch], z[args.batch :]
             y = network.decode(torch.cat([network.step(z_l), z_plain]))
@@ -257,27 +405,59 @@ def main(argv: list[str] | None = None) -> None:
         if args.teacher_share:
             term = pixel_loss(y, batch["teacher"], gradient=args.gradient)
             loss = loss + args.teacher_share * term
+        extra = {"pixel": float(loss.detach())}
+        real = batch[args.real or ("teacher" if args.teacher_share else "hr")]
+        shown: Any = y
+        if perceptual is not None:
+            shown = perceptual.maps(y)
+            targets = ("hr", "teacher") if args.perceptual_to == "both" else (args.perceptual_to,)
+            with torch.no_grad():
+                wanted = [perceptual.maps(batch[target]) for target in targets]
+            term = torch.stack([perceptual.distance(shown, maps) for maps in wanted]).mean()
+            extra["perceptual"] = float(term.detach())
+            loss = loss + args.perceptual * term
+        pull = None
         if discriminator is not None:
-            target = batch[args.real or ("teacher" if args.teacher_share else "hr")]
+            if args.judge == "features":
+                with torch.no_grad():
+                    source, true = perceptual.maps(x), perceptual.maps(real)
+                told = (
+                    discriminator(true, source),
+                    discriminator([m.detach() for m in shown], source),
+                )
+                verdict = torch.stack(
+                    [discriminator_loss(*pair) for pair in zip(*told, strict=True)]
+                ).mean()
+            else:
+                verdict = discriminator_loss(
+                    discriminator(real, x), discriminator(y.detach().float(), x)
+                )
             judge.zero_grad(set_to_none=True)
-            verdict = discriminator_loss(
-                discriminator(target, x), discriminator(y.detach().float(), x)
-            )
             verdict.backward()
             judge.step()
+            extra["discriminator"] = float(verdict.detach())
             if step > args.alone:
-                seen = discriminator.features(y.float(), x)
-                fooled = generator_loss(seen[-1])
-                if args.matching:
-                    with torch.no_grad():
-                        wanted = discriminator.features(target, x)
-                    fooled = fooled + args.matching * feature_matching(wanted, seen)
-                last = network.vae.decoder.conv_out.weight
-                loss = loss + args.adversarial * balance(loss, fooled, last) * fooled
+                if args.judge == "features":
+                    logits = discriminator(shown, source)
+                    fooled = torch.stack([generator_loss(v) for v in logits]).mean()
+                else:
+                    seen = discriminator.features(y.float(), x)
+                    fooled = generator_loss(seen[-1])
+                    if args.matching:
+                        with torch.no_grad():
+                            wanted = discriminator.features(real, x)
+                        fooled = fooled + args.matching * feature_matching(wanted, seen)
+                pull = balanced(loss, fooled, y, args.adversarial)
+        rest = y.new_zeros(())
         if share:
-            loss = loss + args.autoencode * pixel_loss(y_plain, plain, gradient=args.gradient)
+            rest = args.autoencode * pixel_loss(y_plain, plain, gradient=args.gradient)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if pull is None:
+            (loss + rest).backward()
+        elif share:
+            torch.autograd.backward([y, rest], [pull, None])
+        else:
+            y.backward(pull)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         if run.accept(loss):
             optimizer.step()
@@ -286,7 +466,6 @@ def main(argv: list[str] | None = None) -> None:
         if step % 25 == 0:
             with torch.no_grad():
                 spread = float(y.detach().float().std())
-            extra = {} if discriminator is None else {"discriminator": float(verdict.detach())}
             run.log(step, loss=float(loss.detach()), gradient=float(norm), spread=spread, **extra)
         if step % args.save_every == 0 or step == args.steps:
             run.say(f"step {step}: {validate(step)}")
@@ -295,4 +474,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except checkpoint.CheckpointError as error:
+        raise SystemExit(f"train.restorer: {error}") from error

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # GenDR-Tiny by the whole recipe: pairs, autoencoder, restorer, base, distillation, figures.
 #
-#   bash train/tiny.sh PICTURES RUNS [TEACHER.param TEACHER.bin]
+#   bash train/tiny.sh PICTURES RUNS [TEACHER]
 #
 # Every step resumes: the same command again goes on where it was stopped, so that several short loans of
 # a card add up. On two CPU cores about four hours. FACTOR=4 takes four times the steps and pairs, .001
-# tries in minutes whether all of it runs; BATCH the pictures per step, DEVICE=cuda a card; VALIDATE and ORIGINALS are folders of damaged pictures
-# and their originals to measure on, NIQE BasicSR's niqe_pris_params.npz.
+# tries in minutes whether all of it runs; BATCH the pictures per step, DEVICE=cuda a card; VALIDATE and
+# ORIGINALS are folders of damaged pictures and their originals to measure on, NIQE BasicSR's
+# niqe_pris_params.npz. TEACHER is a restorer's file that spandrel can read.
 set -euo pipefail
-if [ $# -ne 2 ] && [ $# -ne 4 ]; then
+if [ $# -ne 2 ] && [ $# -ne 3 ]; then
   sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'
   exit 2
 fi
@@ -16,7 +17,7 @@ pictures=$1 runs=$2
 python="${PYTHON:-python3}" factor="${FACTOR:-1}" batch="${BATCH:-8}" device="${DEVICE:-cpu}"
 small=(--device "$device" --batch "$batch")
 teacher=() share=0
-if [ $# -eq 4 ]; then teacher=(--teacher "$3" "$4") share=0.9; fi
+if [ $# -eq 3 ]; then teacher=(--teacher "$3") share=0.9; fi
 look=()
 # A number of steps or pairs times FACTOR, which may be a fraction; at least 2.
 times() { awk -v n="$1" -v f="$factor" 'BEGIN { k = int(n * f + .5); print (k < 2) ? 2 : k }'; }

@@ -131,15 +131,13 @@ def model_checks(
 ) -> list[Check]:
     file = Path(path or checkpoint.EMBEDDED)
     try:
-        checks = [
-            Check(
-                "file",
-                f"{file}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 {file_digest(file)}",
-                True,
-            )
-        ]
         # With fold=True a model is checked in the form in which it works.
         model = checkpoint.load(path, base=base, device=device, dtype=dtype, speed=speed)
+        told = f"{file}, a folder"
+        if file.is_file():
+            size = file.stat().st_size / 1e6
+            told = f"{file}, {size:.1f} MB, SHA-256 {file_digest(file)}"
+        checks = [Check("file", told, True)]
         reference = checkpoint.load(path, base=base, device="cpu", dtype="fp32")
     except (ValueError, OSError) as error:
         return [Check("model", str(error), False)]

@@ -42,16 +42,16 @@ class Bar:
         self.name, self.now = name, pixels
         self.draw(0, 0)
 
-    def tile(self, done: int, total: int) -> None:
-        """`done` of `total` tiles of the present picture are there."""
-        if self.clock() - self.drawn >= 0.1 or done == total:
-            self.draw(done, total)
+    def tile(self, done: int, total: int, share: float) -> None:
+        """`done` of `total` tiles of the present picture are there, and this share of its work."""
+        if self.clock() - self.drawn >= 0.1 or share == 1:
+            self.draw(done, total, share)
 
-    def draw(self, done: int, total: int) -> None:
+    def draw(self, done: int, total: int, share: float = 0.0) -> None:
         if not self.shown:
             return
         self.drawn = self.clock()
-        part = self.done + self.now * done / max(total, 1)
+        part = self.done + self.now * share
         share = min(part / max(self.pixels, 1), 1.0)
         tiles = f" | tile {min(done + 1, total)}/{total}" if total else ""
         text = f"{share:4.0%} | picture {self.finished + 1}/{self.pictures}{tiles}"

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 from .. import devices
+from ..files.shapes import CheckpointError
 from ..restoration import NotFinite
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -14,6 +15,8 @@ FULL_DISK = "the disk is full; free some space, then --resume goes on"
 
 def reason(error: Exception) -> str:
     """One line for people: what is wrong and, where it is known, what to do."""
+    if isinstance(error, CheckpointError):  # says what to do itself, and `fold` has no --resume
+        return str(error)
     if disk_full(error):
         return FULL_DISK
     if devices.is_oom(error):

@@ -211,7 +211,7 @@ class Batch:
         expect_room(job.target, picture.pixels, options.settings)
         output, report = model.restore_with_report(
             picture.pixels,
-            progress=lambda p: self.bar.tile(p.done, p.total),
+            progress=lambda p: self.bar.tile(p.done, p.total, p.share),
             **dataclasses.asdict(options.settings),
         )
         quality = {} if options.quality is None else {"quality": options.quality}

@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 def whole(low: int, high: int) -> Rule:
     """A whole number, both ends included. True and 2.0 are none."""
     fits = lambda v: type(v) is int and low <= v <= high  # noqa: E731
-    return Rule(f"a whole number from {low:,} to {high:,}", fits)
+    return Rule(str(low) if low == high else f"a whole number from {low:,} to {high:,}", fits)
 
 
 def number(low: float, high: float) -> Rule:

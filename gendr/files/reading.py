@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +27,8 @@ NESTED = ("params_ema", "ema", "params", "state_dict", "model")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # torch stores weights as they are. Packed again by other programs they shrink by less than this.
 PACKED = 16
+# Stable Diffusion 2.1 with its autoencoder has 936; the largest diffusion models a few thousand.
+MOST_TENSORS = 20_000
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -45,7 +49,7 @@ class File:
 def naming(path: Path) -> Iterator[None]:
     """Whatever is wrong with a model file becomes one CheckpointError that names it.
 
-    FileNotFoundError and running out of memory stay what they are.
+    FileNotFoundError stays what it is.
     """
     try:
         yield
@@ -59,7 +63,10 @@ def naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
     except Exception as error:
         if devices.is_oom(error):
-            raise
+            raise CheckpointError(
+                f"{path.name} needs more memory than there is: close other programs, or take a smaller "
+                "model"
+            ) from error
         raise CheckpointError(
             f"{path.name} can't be used, it is damaged or made for something else: get it again "
             f"({type(error).__name__}: {first_line(error)})"
@@ -100,7 +107,7 @@ def check_exists(path: Path) -> None:
 def outline(path: Path) -> tuple[dict[str, str], dict[str, Tensor], list[str]]:
     """(metadata, tensors without their numbers, dtypes in the format's words) of a safetensors file."""
     with whole(path), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in names(path, file)}
         shapes = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
         return file.metadata() or {}, shapes, sorted({s.get_dtype() for s in slices.values()})
 
@@ -108,8 +115,16 @@ def outline(path: Path) -> tuple[dict[str, str], dict[str, Tensor], list[str]]:
 def read_safetensors(path: Path) -> File:
     """A safetensors file; nothing of its weights is read before it is used."""
     with whole(path), safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names(path, file)}
         return File(path, file.metadata() or {}, tensors)
+
+
+def names(path: Path, file: Any) -> list[str]:
+    """Names of the tensors in an open file. CheckpointError for more than any model has."""
+    found = list(file.keys())
+    if len(found) > MOST_TENSORS:
+        raise CheckpointError(f"{path.name} holds {len(found):,} tensors: it is no model file")
+    return found
 
 
 @contextlib.contextmanager
@@ -128,13 +143,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of what torch.save wrote, in its present format or the one before 1.6."""
     mapped = check_zip(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            # Of pickles that hold more than tensors; what can't be read is said below.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds here, all meaning the same
         if devices.is_oom(error):
             raise
         raise CheckpointError(
             f"{path.name} can't be read as plain tensors and is not executed: use a safetensors "
-            f"file ({first_line(error)})"
+            f"file ({unpickling(error)})"
         ) from error
     for key in NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -142,6 +160,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path.name} holds no named tensors: it is not a model file")
     return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+def unpickling(error: Exception) -> str:
+    """What stopped torch's reader, without its advice to let the file run its code."""
+    found = re.search(r"(?:GLOBAL|function|global) ([\w.]+)", COLOURS.sub("", str(error)))
+    return f"it asks for {found[1]}" if found else "it is damaged, or holds more than tensors"
 
 
 def check_zip(path: Path) -> bool:

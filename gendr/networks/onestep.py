@@ -52,8 +52,12 @@ class StepConfig:
         return self.vae.factor * self.unet.multiple
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's header."""
-        return asdict(self)
+        """Plain values as JSON has them, for a file's header."""
+
+        def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+
+        return asdict(self, dict_factory=plain)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StepConfig:

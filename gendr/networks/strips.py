@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from .blocks import Downsample, ResnetBlock, Upsample
 from .onestep import OneStep
 from .vae import Attention, Level, Middle, add_linear
+from .work import parameters
 
 # Size of the largest tensor of one strip.
 STRIP_BYTES = 48 * 2**20
 
 Check = Callable[[], None]
+Worked = Callable[[int], None]
 
 
-def nothing() -> None:
-    """The check of a run that nobody cancels."""
+def nothing(*_: int) -> None:
+    """The check of a run that nobody cancels, and the count of one that nobody watches."""
 
 
 class Strips:
@@ -32,23 +34,39 @@ class Strips:
 
     rows: at most so many; None = by the size of a strip's tensors.
     check: called before every strip; may raise to cancel.
+    worked: called after every strip with its multiply-adds, as `work.stages` counts them.
     """
 
-    def __init__(self, network: OneStep, *, rows: int | None = None, check: Check = nothing):
-        self.network, self.rows, self.check = network, rows, check
+    def __init__(
+        self,
+        network: OneStep,
+        *,
+        rows: int | None = None,
+        check: Check = nothing,
+        worked: Worked = nothing,
+    ):
+        self.network, self.rows, self.check, self.worked = network, rows, check, worked
 
     def encode(self, x: Tensor) -> Tensor:
         """As `OneStep.encode`: 1 3 h w in [-1, 1] -> 1 c h/f w/f."""
         encoder, dtype = self.network.encoder, self.network.compute[0] or x.dtype
         p = encoder.patch_size
-        h = self.convolve(x, lambda s: encoder.conv_in(_unshuffle(s.to(dtype), p)), halo=p, ratio=p)
+        h = self.convolve(
+            x,
+            lambda s: encoder.conv_in(_unshuffle(s.to(dtype), p)),
+            halo=p,
+            ratio=p,
+            weights=parameters(encoder.conv_in),
+        )
         for level in encoder.down_blocks:
             h = self.level(h, level)
         h = self.middle(h, encoder.mid_block)
         h = self.norm_silu_conv(h, encoder.conv_norm_out, encoder.conv_out)
         if encoder.linear is not None:
             f = self.network.config.vae.factor
-            path = self.convolve(x, lambda s: encoder.linear(s.to(dtype)), halo=0, ratio=f)
+            path = self.convolve(
+                x, lambda s: encoder.linear(s.to(dtype)), halo=0, ratio=f, weights=0
+            )
             h = add_linear(h, lambda _: path, x)
         return h.to(x.dtype) - (self.network.config.vae.shift_factor or 0.0)
 
@@ -73,6 +91,7 @@ class Strips:
             part = cut(decoder.conv_out(F.silu(norm(window))))
             part = decoder.to_picture(part, z[..., top:bottom, :])
             out[..., top * f : bottom * f, :] = part.to(dtype)
+            self.worked(parameters(decoder.conv_out) * (bottom - top) * per_row * h.shape[-1])
         return out
 
     def step(self, z: Tensor, *, detail: float = 1.0, guidance: float = 1.0) -> Tensor:
@@ -90,9 +109,18 @@ class Strips:
         return max(8, STRIP_BYTES // max(1, x.shape[1] * x.shape[3] * x.element_size()))
 
     def convolve(
-        self, x: Tensor, fn: Callable[[Tensor], Tensor], *, halo: int, ratio: int = 1
+        self,
+        x: Tensor,
+        fn: Callable[[Tensor], Tensor],
+        *,
+        halo: int,
+        weights: int,
+        ratio: int = 1,
     ) -> Tensor:
-        """fn by strips; it makes h/ratio rows of h and needs `halo` rows around them."""
+        """fn by strips; it makes h/ratio rows of h and needs `halo` rows around them.
+
+        weights: multiply-adds of a position.
+        """
         out: Tensor | None = None
         total = x.shape[-2] // ratio
         step = max(1, self.strip_rows(x) // ratio)
@@ -106,6 +134,7 @@ class Strips:
             if out is None:
                 out = room(part, part.shape[1], total, part.shape[-1])
             out[..., top:bottom, :] = part
+            self.worked(weights * (bottom - top) * part.shape[-1])
         assert out is not None
         return out
 
@@ -125,7 +154,9 @@ class Strips:
         return self.resnet(x, middle.resnets[1])
 
     def attention(self, x: Tensor, block: Attention) -> Tensor:
-        return block(x)
+        y = block(x)
+        self.worked(parameters(block) * x.shape[-2] * x.shape[-1])
+        return y
 
     def resnet(self, x: Tensor, block: ResnetBlock) -> Tensor:
         """Changes x in place where the number of channels allows it."""
@@ -134,6 +165,7 @@ class Strips:
         same = block.conv_shortcut is None
         out = x if same else room(h, *h.shape[1:])
         step = self.strip_rows(h)
+        weights = parameters(block.conv2) + (0 if same else parameters(block.conv_shortcut))
         for top in range(0, h.shape[-2], step):
             self.check()
             bottom = min(top + step, h.shape[-2])
@@ -141,11 +173,14 @@ class Strips:
             part = cut(block.conv2(F.silu(norm(window))))
             rows = x[..., top:bottom, :]
             out[..., top:bottom, :] = part + (rows if same else block.conv_shortcut(rows))
+            self.worked(weights * (bottom - top) * h.shape[-1])
         return out
 
     def norm_silu_conv(self, x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
         normalise = self.normaliser(x, norm)
-        return self.convolve(x, lambda s: conv(F.silu(normalise(s))), halo=1)
+        return self.convolve(
+            x, lambda s: conv(F.silu(normalise(s))), halo=1, weights=parameters(conv)
+        )
 
     def normaliser(self, x: Tensor, norm: nn.Module) -> Callable[[Tensor], Tensor]:
         """GroupNorm with the statistics of all of x, as a function of its strips."""
@@ -182,6 +217,7 @@ class Strips:
             rows = x[..., 2 * top : min(2 * bottom + 1, x.shape[-2]), :]
             # The block itself adds the missing row below; only the last strip needs it.
             out[..., top:bottom, :] = block(rows)[..., : bottom - top, :]
+            self.worked(parameters(block) * (bottom - top) * out.shape[-1])
         return out
 
     def upsample(self, x: Tensor, block: Upsample) -> Tensor:
@@ -194,6 +230,7 @@ class Strips:
             part = block(x[..., first : min(bottom + 1, x.shape[-2]), :])
             start = 2 * (top - first)
             out[..., 2 * top : 2 * bottom, :] = part[..., start : start + 2 * (bottom - top), :]
+            self.worked(parameters(block) * 2 * (bottom - top) * out.shape[-1])
         return out
 
 

@@ -136,6 +136,8 @@ MILD = Mild()
 MIXES: dict[str, dict[str, float]] = {
     "paper": {"realesrgan": 0.5, "apisr": 0.5},
     "tiny": {"clean": 0.12, "mild": 0.48, "realesrgan": 0.25, "apisr": 0.15},
+    # For fresh pairs, whose clean share is a setting of its own.
+    "light": {"mild": 0.7, "realesrgan": 0.18, "apisr": 0.12},
 }
 KINDS = ("realesrgan", "apisr", "mild", "clean", "mixed")
 
@@ -267,23 +269,27 @@ def degrade(
     *,
     kind: str,
     seed: int,
-    scale: int = 4,
+    scale: float = 4,
     mix: str = "paper",
     trace: list[str] | None = None,
 ) -> np.ndarray:
     """The low-resolution picture of a crop.
 
-    hr: `h w 3` uint8, h and w multiples of `scale`. Returns `h/scale w/scale 3` uint8. `kind` is
-    one of KINDS; `mixed` draws it from MIXES[mix]. The same pixels and seed give the same result
-    anywhere. `trace`, if given, is filled with the steps in words. ValueError for a wrong shape,
-    kind or mix.
+    hr: `h w 3` uint8, h and w multiples of `scale` where that is a whole number; the result's sides
+    are rounded where it is not. Returns `h/scale w/scale 3` uint8. `kind` is one of KINDS; `mixed`
+    draws it from MIXES[mix]. The same pixels and seed give the same result anywhere. `trace`, if
+    given, is filled with the steps in words. ValueError for a wrong shape, kind or mix.
     """
     if hr.ndim != 3 or hr.shape[2] != 3 or hr.dtype != np.uint8:
         raise ValueError(
             f"a crop must be h w 3 in uint8, not {hr.shape} in {hr.dtype}: convert it to RGB"
         )
     h, w = hr.shape[:2]
-    if h % scale or w % scale or not h or not w:
+    if scale < 1 or not h or not w:
+        raise ValueError(
+            f"a crop of {h}x{w} cannot be reduced by {scale}: use a scale of at least 1"
+        )
+    if float(scale).is_integer() and (h % scale or w % scale):
         raise ValueError(f"a crop of {h}x{w} does not divide by {scale}: use sides that do")
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
@@ -293,7 +299,7 @@ def degrade(
             raise ValueError(f"unknown mix {mix!r}: use one of {', '.join(MIXES)}")
         kind = draws.pick(tuple(MIXES[mix].items()))
     draws.note(kind)
-    size = (h // scale, w // scale)
+    size = (max(1, round(h / scale)), max(1, round(w / scale)))
     if kind == "clean":
         return np.asarray(Image.fromarray(hr).resize(size[::-1], Image.Resampling.BICUBIC))
     with _one_thread():

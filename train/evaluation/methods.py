@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 import gendr
 from gendr import pictures
 from gendr.files import checkpoint
+from train import peers
 from train.evaluation.metrics import as_tensor
 
 EMBEDDED = "embedded"
@@ -272,23 +273,12 @@ class Spandrel:
     kind, kept = "spandrel", True
 
     def __init__(self, name: str, path: Path, settings: gendr.Settings, *, device: str):
-        """Raises ValueError without spandrel, or for a file that it doesn't know."""
-        try:
-            import spandrel
-        except ImportError as error:
-            raise ValueError(
-                f"{path.name} needs spandrel to be read: pip install spandrel"
-            ) from error
-        try:
-            model = spandrel.ModelLoader().load_from_file(str(path))
-        except Exception as error:  # spandrel's errors share no class below Exception
-            raise ValueError(f"spandrel can't read {path.name}: {error}") from error
-        if not isinstance(model, spandrel.ImageModelDescriptor):
-            raise ValueError(f"{path.name} is not a model from one picture to one picture")
+        """Raises ValueError (PeerError) without spandrel, or for a file that it doesn't know."""
+        model = peers.read(path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name, self.settings, self.device = name, settings, device
-        self.model = model.eval()
+        self.model = model
         sha256 = file_sha256(path)
         self.facts = {
             "what": f"{model.architecture.name} by spandrel",

@@ -1,1 +1,1 @@
-"""What only GenDR-Tiny's training in pixels needs: a discriminator and a frozen teacher."""
+"""What only GenDR-Tiny's training in pixels needs: fresh pairs, a perceptual term, a discriminator."""

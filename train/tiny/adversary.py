@@ -1,12 +1,15 @@
-"""A conditional patch discriminator for the last stretch of a restorer trained in pixels.
+"""Conditional discriminators for the last stretch of a restorer trained in pixels.
 
 Regression leaves edges a little soft, as the mean of what they might be. The discriminator sees
-the enlarged input beside a result and tells the target's results from the network's.
+the enlarged input beside a result and tells the target's results from the network's: in pixels, or
+in the features of a frozen network (Projected GANs, arXiv 2111.01007), which learns from far fewer
+pictures and costs next to nothing where a perceptual term computes those features anyway.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,33 @@ class Discriminator(nn.Module):
         return [*found, x]
 
 
+class FeatureDiscriminator(nn.Module):
+    """Maps of a picture and of its input, as `Perceptual.maps` gives them -> logits per stage.
+
+    One small head per stage; spectral norms as above.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 32):
+        """channels: of the maps, finest first."""
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                spectral_norm(nn.Conv2d(2 * c, width, 4, stride=2, padding=1)),
+                nn.LeakyReLU(0.2),
+                spectral_norm(nn.Conv2d(width, width, 3, padding=1)),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, 1, 3, padding=1),
+            )
+            for c in channels
+        )
+
+    def forward(self, picture: Sequence[Tensor], source: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            head(torch.cat([p, s], dim=1))
+            for head, p, s in zip(self.heads, picture, source, strict=True)
+        ]
+
+
 def discriminator_loss(target: Tensor, result: Tensor) -> Tensor:
     """Hinge loss of logits: target's above 1, the network's below -1."""
     return (F.relu(1 - target).mean() + F.relu(1 + result).mean()) / 2
@@ -62,10 +92,13 @@ def feature_matching(target: list[Tensor], result: list[Tensor]) -> Tensor:
     return torch.stack([F.l1_loss(r, t.detach()) for t, r in pairs]).mean()
 
 
-def balance(regression: Tensor, adversarial: Tensor, weight: Tensor) -> Tensor:
-    """Factor that makes both losses pull equally hard at a layer's weight (VQGAN, Eq. 7)."""
-    pulls = [
-        torch.autograd.grad(loss, weight, retain_graph=True)[0].float().norm()
-        for loss in (regression, adversarial)
-    ]
-    return (pulls[0] / (pulls[1] + 1e-6)).clamp(max=1e3).detach()
+def balanced(regression: Tensor, adversarial: Tensor, picture: Tensor, share: float) -> Tensor:
+    """Gradient of both losses at the picture, the second scaled to `share` of the first's length.
+
+    VQGAN's rule (Eq. 7) with the result in the last layer's place: each loss is followed back once.
+    """
+    # Both losses may share what is behind them: kept for the second.
+    first = torch.autograd.grad(regression, picture, retain_graph=True)[0]
+    second = torch.autograd.grad(adversarial, picture)[0]
+    factor = first.float().norm() / (second.float().norm() + 1e-12)
+    return first + share * factor.clamp(max=1e4) * second

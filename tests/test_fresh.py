@@ -1,0 +1,176 @@
+"""Pairs made while training goes on, and what a restorer trained on them starts from."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gendr
+from gendr.files import checkpoint
+from gendr.resize import resize
+from train import pairs, peers, restorer
+from train.run import Run
+from train.tiny.fresh import Fresh, Scales
+
+ALL = Scales.parse("4=.5,2=.2,1-4=.3")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Six smooth pictures of several sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        small = Image.fromarray(rng.integers(0, 256, (9, 7 + i, 3), dtype=np.uint8))
+        small.resize((90 + 10 * i, 110), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def fresh(pictures, *, scales: Scales = ALL, clean: float = 0.35, seed: int = 0, **more) -> Fresh:
+    options = pairs.Options(crop=64, seed=seed, **more)
+    return Fresh(pictures, options, scales, clean)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("4", "write scale=weight"),
+        ("x=1", "write scale=weight"),
+        ("0.5-2=1", "at least 1"),
+        ("3-2=1", "at least 1"),
+        ("4=-1", "at least 0"),
+        ("4=0", "above 0"),
+    ],
+)
+def test_scales_that_mean_nothing_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        Scales.parse(text)
+
+
+def test_scales_come_in_their_shares():
+    rng = np.random.default_rng(0)
+    drawn = np.array([ALL.draw(rng) for _ in range(4000)])
+    assert drawn.min() >= 1
+    assert drawn.max() <= 4
+    # Five standard deviations of a share near one half are .04.
+    assert abs((drawn == 4).mean() - 0.5) < 0.04
+    assert abs((drawn == 2).mean() - 0.2) < 0.04
+    assert len(np.unique(drawn)) > 1000
+
+
+@pytest.mark.parametrize("scale", [1, 1.3, 2, 2.75, 3, 4])
+def test_the_input_has_been_enlarged_as_restore_enlarges(pictures, scale):
+    data = fresh(pictures, scales=Scales.parse(f"{scale}=1"))
+    hr, lr, *_ = data.pair(3)
+    item = data[3]
+    side = round(64 / scale)
+    assert lr.shape == (side, side, 3)
+    wide = torch.from_numpy(lr).permute(2, 0, 1)[None] / 255
+    assert torch.equal(item["input"], 2 * resize(wide, (64, 64))[0] - 1)
+    assert torch.equal(item["hr"], torch.from_numpy(hr).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_a_clean_pair_at_scale_1_is_its_own_input(pictures):
+    item = fresh(pictures, scales=Scales.parse("1=1"), clean=1.0)[0]
+    torch.testing.assert_close(item["input"], item["hr"])
+
+
+def test_a_teacher_shows_damaged_pictures_at_large_scales_only(pictures):
+    teacher = peers.Teacher(lambda x: torch.zeros_like(x), digest="")
+    for scale, clean, taught in ((4, 0.0, True), (4, 1.0, False), (2, 0.0, False)):
+        options = pairs.Options(crop=64)
+        scales = Scales.parse(f"{scale}=1")
+        item = Fresh(pictures, options, scales, clean, teacher=teacher)[1]
+        expected = torch.full((3, 64, 64), -1.0) if taught else item["hr"]
+        assert torch.equal(item["teacher"], expected)
+
+
+def test_the_clean_share_is_kept(pictures):
+    """At scale 1 a clean pair is the only one without damage."""
+    data = fresh(pictures, scales=Scales.parse("1=1"), clean=0.5, mix="paper")
+    clean = [np.array_equal(*data.pair(i)[:2]) for i in range(60)]
+    assert 15 <= sum(clean) <= 45  # four standard deviations of 60 draws
+
+
+def test_a_pair_depends_on_its_number_alone(pictures):
+    first, again = fresh(pictures), fresh(pictures)
+    for i in (5, 2):
+        a, b = first[i], again[i]
+        assert torch.equal(a["hr"], b["hr"])
+        assert torch.equal(a["input"], b["input"])
+    assert not torch.equal(first[5]["hr"], fresh(pictures, seed=1)[5]["hr"])
+    later = next(fresh(pictures).batches(4, 2))
+    assert torch.equal(later["hr"][1], first[5]["hr"])
+
+
+def test_workers_make_the_same_pairs(pictures):
+    here, there = (next(fresh(pictures).batches(0, 3, workers=w)) for w in (0, 1))
+    assert torch.equal(here["input"], there["input"])
+
+
+def test_white_paper_stays_white_whatever_the_damage(pictures):
+    """Flat crops are there, and the pure ones are pure."""
+    data = fresh(pictures, flat=1.0, drawn=0.0, clean=1.0)
+    crops = [data.pair(i)[0] for i in range(60)]
+    assert any((crop == 255).all() for crop in crops)
+    assert any((crop == 0).all() for crop in crops)
+    assert all(np.abs(np.diff(crop.astype(int), axis=0)).max() <= 3 for crop in crops)
+
+
+def words(pictures, out, *, steps: int = 2, **more) -> list[str]:
+    options = {"pictures": pictures, "out": out, "steps": steps, "batch": 1, "crop": 64}
+    options |= {"warmup": 1, "save-every": 2, "device": "cpu", "teacher-share": 0, **more}
+    return [str(w) for k, v in options.items() for w in (f"--{k}", v)] + ["--fp32"]
+
+
+def test_a_run_goes_on_from_the_embedded_model_and_resumes(pictures, tmp_path, monkeypatch):
+    options = {"init": checkpoint.EMBEDDED, "lr": 1e-5, "lr-vae": 1e-5}
+    restorer.main(words(pictures, tmp_path / "whole", **options))
+    real = Run.steps
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Run, "steps", lambda run, first, last, images: real(run, first, 1, images=images)
+        )
+        restorer.main(words(pictures, tmp_path / "parts", **options))
+    restorer.main(words(pictures, tmp_path / "parts", **options))
+    whole, parts = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True)["network"]
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    x = torch.rand(1, 3, 16, 16)
+    before, after = (
+        gendr.load(path, device="cpu").restore(x, 4)
+        for path in (None, tmp_path / "whole" / "model.safetensors")
+    )
+    # Two steps of 1e-5 move no weight by more than 2e-5.
+    assert 0 < float((before - after).abs().max()) < 0.1
+    line = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"damaged_x4_psnr", "clean_x2_psnr", "clean_x2_latent_std"} <= set(line)
+
+
+def test_another_structure_is_no_beginning(tmp_path, tiny_checkpoint):
+    with pytest.raises(ValueError, match="GenDR-Tiny's structure"):
+        restorer.initial(tiny_checkpoint, restorer.tiny_config(), 0)
+
+
+def test_pictures_or_shards_not_both(pictures, tmp_path, capsys):
+    for more in ({"data": pictures}, {"teacher-share": 0.5}):
+        with pytest.raises(SystemExit):
+            restorer.main(words(pictures, tmp_path / "run", **more))
+    assert "fresh pairs need --teacher" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_of_features_needs_features(pictures, tmp_path, capsys):
+    for more in ({}, {"perceptual": 1, "matching": 1}):
+        with pytest.raises(SystemExit):
+            restorer.main(words(pictures, tmp_path, adversarial=1, judge="features", **more))
+    said = capsys.readouterr().err
+    assert "give it a weight" in said
+    assert "--judge patch" in said

@@ -1,0 +1,119 @@
+"""Pairs made while training goes on: any scale, clean to heavily damaged, nothing stored.
+
+A pair costs a few milliseconds of one core, a training step on the same core hundreds: there shards
+(`train.pairs`) save nothing, and a picture is never seen twice with the same damage. Pair i depends
+on the options, the pictures and i alone, so a run resumes exactly.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gendr.resize import resize
+from train import degrade, pairs, peers
+
+# Below this scale a picture holds more than a teacher made for x4 would leave in it.
+TAUGHT = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Scales with the chance of each: ranges (low, high, weight), low = high for a single one."""
+
+    ranges: tuple[tuple[float, float, float], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Scales:
+        """From `4=.5,2=.2,1-4=.3`. ValueError says what is wrong."""
+        ranges = []
+        for part in text.split(","):
+            try:
+                place, weight = part.split("=")
+                low, high = (place.split("-") * 2)[:2]
+                ranges.append((float(low), float(high), float(weight)))
+            except ValueError as error:
+                raise ValueError(f"{part!r}: write scale=weight or low-high=weight") from error
+            low, high, weight = ranges[-1]
+            if not 1 <= low <= high or weight < 0:
+                raise ValueError(f"{part!r}: scales are at least 1, weights at least 0")
+        if not any(weight for *_, weight in ranges):
+            raise ValueError(f"{text!r}: one weight must be above 0")
+        return cls(ranges=tuple(ranges))
+
+    def draw(self, rng: np.random.Generator) -> float:
+        weights = np.array([weight for *_, weight in self.ranges])
+        low, high, _ = self.ranges[int(rng.choice(len(weights), p=weights / weights.sum()))]
+        return low if low == high else float(rng.uniform(low, high))
+
+
+class Fresh(Dataset):
+    """Item i: `hr` 3 c c and `input` 3 c c, the low-resolution picture as the network gets it
+    (enlarged by `gendr.resize`), both in [-1, 1], and the `scale`.
+
+    clean: share of pairs that are only reduced; the others follow `options.mix`.
+    teacher: a frozen restorer; `teacher` 3 c c is then what it makes of a damaged picture at scales
+    from TAUGHT up, and the clean crop for every other pair.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        options: pairs.Options,
+        scales: Scales,
+        clean: float,
+        *,
+        teacher: peers.Teacher | None = None,
+    ):
+        self.teacher = teacher
+        self.source = pairs.Source(Path(folder), dict(options.weights))
+        self.options, self.scales, self.clean = options, scales, clean
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, float, str]:
+        """Crop `c c 3`, its low-resolution picture `h w 3`, both uint8, the scale, the kind."""
+        rng = np.random.default_rng([self.options.seed, index])
+        hr = pairs.crop(self.source, self.options, rng)
+        scale = self.scales.draw(rng)
+        if float(scale).is_integer() and self.options.crop % scale:
+            scale += 1e-6  # sides are then rounded
+        kind = "clean" if rng.random() < self.clean else "mixed"
+        seed = int(rng.integers(2**63))
+        lr = degrade.degrade(hr, kind=kind, mix=self.options.mix, seed=seed, scale=scale)
+        return hr, lr, scale, kind
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | float]:
+        hr, lr, scale, kind = self.pair(index)
+        side = self.options.crop
+        wide = torch.from_numpy(lr.copy()).permute(2, 0, 1)[None].float() / 255
+        item = {"hr": hr, "input": 2 * resize(wide, (side, side))[0] - 1, "scale": scale}
+        if self.teacher is not None:
+            taught = kind != "clean" and scale >= TAUGHT
+            item["teacher"] = self.teacher.restore(lr[None], side)[0] if taught else hr
+        for name in ("hr", "teacher"):
+            if name in item:
+                item[name] = torch.from_numpy(item[name].copy()).permute(2, 0, 1) / 127.5 - 1
+        return item
+
+    def batches(self, first: int, size: int, *, workers: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Batches from pair `first` on, without end; processes that prepare them ahead."""
+        loader = DataLoader(
+            self,
+            batch_size=size,
+            sampler=range(first, 2**40),
+            num_workers=workers,
+            worker_init_fn=_quiet,
+            persistent_workers=workers > 0,
+        )
+        return iter(loader)
+
+
+def _quiet(_: int) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "codecs not available")  # the parent has said so
