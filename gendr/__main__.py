@@ -1,11 +1,37 @@
-"""`python -m gendr` is the command `gendr`."""
+"""The command `gendr`, and `python -m gendr`."""
 
+from __future__ import annotations
+
+import os
+import signal
 import sys
+from typing import Any
 
-try:
-    from .cli import main
+STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
-    code = main()
-except KeyboardInterrupt:  # while torch was still being imported
-    code = 130
-sys.exit(code)
+
+def main() -> int:
+    """The command line; what is imported for it can be interrupted without a traceback."""
+    before = {
+        number: signal.signal(number, leave)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
+    # torch takes seconds, and turns an interruption into whatever error it meets first.
+    from .cli import main as command
+
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return command()
+
+
+def leave(*_: Any) -> None:
+    """End at once: nothing has been begun."""
+    try:
+        os.write(2, b"gendr: stopped\n")
+    finally:
+        os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,7 @@ from .settings import Settings
 
 def main(typed: Sequence[str] | None = None) -> int:
     typed = sys.argv[1:] if typed is None else list(typed)
+    ensure_streams()
     for stream in (sys.stdout, sys.stderr):
         # File names need not fit the terminal's encoding.
         with contextlib.suppress(AttributeError, ValueError):
@@ -35,11 +36,25 @@ def main(typed: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        print(f"gendr: {trouble.reason(error)}", file=sys.stderr)
+        print(f"gendr: {trouble.plain(trouble.reason(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("gendr: stopped", file=sys.stderr)
         return upscale.STOPPED
+
+
+def ensure_streams() -> None:
+    """Where there is no terminal at all (pythonw, a service), words go nowhere and work goes on."""
+    # A descriptor that is closed would become that of the next file, which libraries then write to.
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def parser() -> words.Parser:
@@ -76,6 +91,9 @@ def run_upscale(args: argparse.Namespace, typed: list[str]) -> int:
         suffix=default_suffix(settings) if args.suffix is None else args.suffix,
         recursive=args.recursive,
         truncated=args.truncated,
+        max_pixels=args.max_pixels,
+        mask=args.mask,
+        strip=args.strip,
         resume=args.resume,
         overwrite=args.overwrite,
         plan=args.plan,
@@ -140,7 +158,8 @@ def run_fold(args: argparse.Namespace, typed: list[str]) -> int:
 
 def run_compare(args: argparse.Namespace, typed: list[str]) -> int:
     output = args.output or args.result.with_name(f"{args.result.stem}_compare.png")
-    facts = compare.run(args.input, args.result, output, args.crop, args.overwrite)
+    reading = {"truncated": args.truncated, "max_pixels": args.max_pixels}
+    facts = compare.run(args.input, args.result, output, args.crop, args.overwrite, **reading)
     print(json.dumps(facts) if args.json else f"{args.input} | {args.result} -> {output}")
     return 0
 
@@ -158,7 +177,7 @@ def readable(facts: dict[str, Any], inset: str = "") -> list[str]:
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict) and value:
-            lines += [f"{inset}{name}", *readable(value, inset + "  ")]
+            lines += [f"{inset}{trouble.plain(name)}", *readable(value, inset + "  ")]
         else:
             if value is None or value in ([], {}):
                 value = "-"
@@ -166,5 +185,5 @@ def readable(facts: dict[str, Any], inset: str = "") -> list[str]:
                 value = " ".join(map(str, value))
             elif isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
                 value = f"{value:,}"
-            lines.append(f"{inset}{name!s:<{width}}  {value}")
+            lines.append(f"{inset}{trouble.plain(name):<{width}}  {trouble.plain(value)}")
     return lines

@@ -185,15 +185,65 @@ def _free_host_bytes() -> int:
 
 
 def _free_in_container() -> int:
-    """What a memory limit of this process group leaves; huge where there is none."""
+    """What the memory limits of this process's control groups leave; huge where there is none."""
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+        with open("/proc/self/cgroup", encoding="utf-8") as file:
+            groups = file.read()
+        with open("/proc/self/mountinfo", encoding="utf-8") as file:
+            mounts = file.read()
+    except OSError:
+        return sys.maxsize
+    return free_in_groups(groups, mounts)
+
+
+# Names of the files of control groups, version 2 and version 1: limit, use, and what of it is a
+# cache that is given back when somebody needs the memory.
+GROUP_FILES = {
+    "cgroup2": ("memory.max", "memory.current", "inactive_file"),
+    "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def free_in_groups(groups: str, mounts: str) -> int:
+    """As /proc/self/cgroup and /proc/self/mountinfo tell it: the least that any group on the way
+    from this process's own to the root leaves."""
+    own = {}
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            own["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            own["cgroup"] = path
+    least = sys.maxsize
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        kind, options = after.partition(" ")[0], after.rpartition(" ")[2]
+        if kind not in own or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        root, point = before.split(" ")[3:5]
+        # Inside a container the mount may begin at the container's own group.
+        path = os.path.relpath(own[kind], root) if root != "/" else own[kind].lstrip("/")
+        parts = [] if path.startswith("..") else [part for part in path.split("/") if part != "."]
+        for depth in range(len(parts) + 1):
+            folder = os.path.join(point, *parts[:depth])
+            least = min(least, _left_in_group(folder, *GROUP_FILES[kind]))
+    return least
+
+
+def _left_in_group(folder: str, limit: str, use: str, cache: str) -> int:
+    try:
+        with open(os.path.join(folder, limit), encoding="ascii") as file:
+            most = int(file.read())  # "max" is no number, and no limit
+        with open(os.path.join(folder, use), encoding="ascii") as file:
             used = int(file.read())
     except (OSError, ValueError):
         return sys.maxsize
-    return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+    try:
+        with open(os.path.join(folder, "memory.stat"), encoding="ascii") as file:
+            used -= next(int(line.split()[1]) for line in file if line.split()[0] == cache)
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    return max(0, most - used)
 
 
 def _free_windows_bytes() -> int:

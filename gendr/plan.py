@@ -9,7 +9,7 @@ from typing import Any
 
 from .networks.blocks import PHASE_POSITIONS
 from .networks.onestep import StepConfig
-from .resize import up_to_multiple
+from .resizing import up_to_multiple
 from .settings import Settings
 from .tiles import WHOLE, Grid, fit_grid, one_tile
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .report import Report
-from .resize import resize
+from .resizing import resize
 from .settings import Settings
 from .tiles import Box
 

@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .fidelity import Found
 from .plan import Plan
 from .settings import Settings
+
+# So many pictures' inputs are told one by one.
+TOLD = 8
 
 # What a report passes on from its plan, as attributes and in `as_dict`.
 PLANNED = (
@@ -64,6 +68,8 @@ class Report:
     elsewhere.
     speed, passes: how passes were run, and what the model has kept of them for later ones.
     events: what had to be changed on the way, such as smaller tiles after running out of memory.
+    found: what every picture's input was found to be, and the fidelity chosen for it (the mean over
+    the picture); empty where a number was asked for.
     """
 
     model: str
@@ -80,6 +86,7 @@ class Report:
     lr_psnr: float = 0.0
     seam_score: float | None = None
     events: list[str] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
         if name in PLANNED:
@@ -90,6 +97,7 @@ class Report:
         """Plain values on one level, for JSON: what the plan says included."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         del values["plan"]
+        values["found"] = [{**asdict(one.damage), "fidelity": one.fidelity} for one in self.found]
         values["settings"] = asdict(self.settings)
         return values | {name: getattr(self.plan, name) for name in PLANNED}
 
@@ -116,4 +124,17 @@ class Report:
             f"reduced to the input's size: {self.lr_psnr:.1f} dB, mean colour difference "
             f"{self.delta_e:.2f} dE"
         )
-        return "\n".join(lines + self.events)
+        return "\n".join(lines + self.told_inputs() + self.events)
+
+    def told_inputs(self) -> list[str]:
+        """What was found in the inputs, in words: a line each, as long as they are few."""
+        told = [str(one) for one in self.found]
+        if len(set(told)) <= 1:
+            return [f"input: {line}" for line in told[:1]]
+        lines = [f"input {n}: {line}" for n, line in enumerate(told[:TOLD], 1)]
+        if len(told) > TOLD:
+            shares = [one.fidelity for one in self.found]
+            lines.append(
+                f"and {len(told) - TOLD} more inputs; fidelity {min(shares):.2f} to {max(shares):.2f}"
+            )
+        return lines

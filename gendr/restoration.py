@@ -12,25 +12,24 @@ from torch import Tensor
 
 from . import color, devices
 from .alpha import fill_transparent, split_alpha
+from .damage import LUMA
 from .devices import Precision
-from .fidelity import back_project, psnr, reduce
+from .fidelity import Found, automatic, back_project, psnr, reduce
 from .networks.onestep import OneStep, Step
 from .networks.strips import Strips
 from .networks.work import stages
 from .plan import Plan
 from .preview import LatentColours, Preview
 from .report import Cancelled, OnProgress, Progress, Report
-from .resize import pad, resize, roll_up, unroll
-from .settings import Settings
+from .resizing import pad, resize, roll_up, unroll
+from .settings import AUTO, Settings
 from .speed.runners import Eager
 from .speed.transfer import Transfer
 from .tiles import Box, Fn, finished, recovering, seam_score, tiled
 
-# ITU-R BT.601, for a grey result.
-LUMA = (0.299, 0.587, 0.114)
 # Of what follows the network, per pixel of the result, in multiply-adds that take as long: the
 # colours, and back-projection.
-COLOUR_WORK, FIDELITY_WORK = 2_000, 20_000
+COLOUR_WORK, FIDELITY_WORK = 2_000, 4_000
 
 
 class NotFinite(RuntimeError):
@@ -61,6 +60,7 @@ class Restoration:
 
     def __post_init__(self) -> None:
         self.done = self.index = 0
+        self.found: list[Found] = []
         self.seam_scores: list[float] = []
         extra = 2 if self.plan.mode == "latent_tiles" else 0
         self.total = (self.plan.tiles + extra) * self.plan.images
@@ -94,6 +94,7 @@ class Restoration:
             input_size=self.plan.input_size,
             output_size=self.plan.output_size,
             events=self.events,
+            found=self.found,
         )
         with torch.inference_mode():
             for self.index in range(batch):
@@ -134,9 +135,10 @@ class Restoration:
         """The whole method on three channels: 1 3 h w -> 1 3 H W."""
         plan, settings = self.plan, self.settings
         enlarged = resize(image, plan.output_size, wrap=settings.seamless)
+        x = enlarged
         if settings.seamless:
-            enlarged = unroll(enlarged, plan.margin, plan.padded_size)
-        x = pad(enlarged, plan.padded_size)
+            x = unroll(x, plan.margin, plan.padded_size)
+        x = pad(x, plan.padded_size)
         y = (self.network_pass(2 * x - 1) + 1) / 2
         if settings.seamless:
             y = color.apply(settings.color_fix, y, x)
@@ -144,7 +146,12 @@ class Restoration:
         else:
             y = y[..., : plan.output_size[0], : plan.output_size[1]]
             y = color.apply(settings.color_fix, y, enlarged)
-        y = back_project(y.clamp(0, 1), image, settings.fidelity)
+        y = y.clamp(0, 1)
+        if settings.fidelity == AUTO:
+            y, found = automatic(y, image, enlarged)
+            self.found.append(found)
+        else:
+            y = back_project(y, image, settings.fidelity)
         if plan.tiles > 1 and not settings.seamless:
             self.seam_scores.append(seam_score(y, plan.grid, enlarged))
         return y

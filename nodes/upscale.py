@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..gendr.fidelity import difference
 from ..gendr.plan import Plan
-from ..gendr.settings import BOUNDS, COLOR_FIXES, Settings
+from ..gendr.settings import AUTO, BOUNDS, COLOR_FIXES, PRESETS, Settings
 from . import host
 from .size import SIZES, target
 from .wires import checked_mask, checked_picture
 
 DEFAULT = Settings()
+# `AUTO` as a number: the widget was a number before it had this default, and graphs hold numbers.
+BY_PICTURE = -1.0
 # Of the widgets that only count where `size_by` says so: what the number fields begin with.
 SIDE, MEGAPIXELS, FRAME = 2048, 4.0, (1920, 1080)
 # Place of the difference map among Tiled GenDR's outputs.
@@ -41,9 +43,9 @@ TOOLTIPS = {
     "takes the model's own.",
     "detail": "How much the model adds. 1 is its own measure. Lower it if skin or foliage looks "
     "overdone; above 1 exaggerates; 0 adds nothing.",
-    "fidelity": "How strictly the result, made small again, must equal the input. Raise it if "
-    "small text or faces change their shape. On noisy or blurred pictures leave it at 0, or the "
-    "damage comes back.",
+    "fidelity": "How strictly the result, made small again, must equal the input. -1 looks at each "
+    "picture: clean ones are kept, noise, blur and compression are not. 1 if small text or faces "
+    "change their shape; 0 takes all from the model.",
     "mask": "Only white areas are restored, gray ones in part; the rest is enlarged in the plain "
     "way. Any size with the picture's shape.",
     "size_by": "What sets the size of the result. scale: the scale above. long side, short side: "
@@ -52,6 +54,9 @@ TOOLTIPS = {
     "megapixels": "Millions of pixels of the result. Counts where size by says megapixels.",
     "width": "Largest width of the result. Counts where size by says width and height.",
     "height": "Largest height of the result. Counts where size by says width and height.",
+    "preset": "The kind of picture, for what is left at its default. auto looks at each one. "
+    "generated keeps every pixel of drawings and rendered pictures, photo most of the grain, damaged "
+    "nothing.",
     "tile_size": "Side of a tile in pixels of the result. 0 plans it from free memory. Choose "
     "512 or 1024 if other nodes need the memory, or to compare machines.",
     "overlap": "How far tiles reach into each other, in pixels of the result. 0 plans it. Raise "
@@ -88,8 +93,14 @@ def _required() -> dict[str, Any]:
             {"default": DEFAULT.color_fix, "tooltip": TOOLTIPS["color_fix"]},
         ),
         "detail": _number("detail", "detail", DEFAULT.detail),
-        "fidelity": _number("fidelity", "fidelity", DEFAULT.fidelity),
+        "fidelity": _fidelity(),
     }
+
+
+def _fidelity() -> tuple[str, dict[str, Any]]:
+    """The number widget of `fidelity`, with one value more, below its bounds, which is the default."""
+    kind, options = _number("fidelity", "fidelity", BY_PICTURE)
+    return kind, options | {"min": BY_PICTURE}
 
 
 def _optional() -> dict[str, Any]:
@@ -102,6 +113,7 @@ def _optional() -> dict[str, Any]:
         "megapixels": _number("megapixels", "megapixels", MEGAPIXELS),
         "width": _number("width", "long_side", FRAME[0]),
         "height": _number("height", "long_side", FRAME[1]),
+        "preset": (list(PRESETS), {"default": DEFAULT.preset, "tooltip": TOOLTIPS["preset"]}),
     }
 
 
@@ -138,10 +150,16 @@ class GenDRUpscale:
         fidelity: float,
         model: host.Model | None = None,
         mask: Tensor | None = None,
+        preset: str = DEFAULT.preset,
         **size: Any,
     ) -> tuple[Tensor, str]:
         """Picture b h w c, widgets -> restored picture and report."""
-        options = {"color_fix": color_fix, "detail": detail, "fidelity": fidelity}
+        options = {
+            "color_fix": color_fix,
+            "detail": detail,
+            "fidelity": fidelity,
+            "preset": preset,
+        }
         pixels, settings = _read(image, options, scale=scale, **size)
         result, report = restore(model, pixels, mask, settings)
         return host.output(result.movedim(1, -1)), report
@@ -205,6 +223,7 @@ class TiledGenDR:
         model: host.Model | None = None,
         mask: Tensor | None = None,
         unique_id: str | None = None,
+        preset: str = DEFAULT.preset,
         **size: Any,
     ) -> tuple[Tensor, str, Tensor | None]:
         """Picture b h w c, widgets -> restored picture, report, difference map b h w 3.
@@ -215,6 +234,7 @@ class TiledGenDR:
             "color_fix": color_fix,
             "detail": detail,
             "fidelity": fidelity,
+            "preset": preset,
             "tile": tile_size,
             "overlap": overlap,
             "tile_batch": tile_batch,
@@ -255,6 +275,8 @@ def _read(
         width=width,
         height=height,
     )
+    if options["fidelity"] < 0:
+        options = options | {"fidelity": AUTO}
     return pixels, Settings(**size, **options)
 
 

@@ -375,9 +375,11 @@ def test_the_command_line_says_it_in_one_line(broken, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "broken", ["alpha 0", "ten million layers", "too many tensors", "code"], indirect=True
+    "broken",
+    ["alpha 0", "ten million layers", "too many tensors", "no prompt", "transposed", "code"],
+    indirect=True,
 )
-def test_info_says_what_is_wrong_with_a_header(broken, capsys):
+def test_info_says_what_is_wrong_without_reading_the_weights(broken, capsys):
     path, _, _ = broken
     assert main(["info", str(path)]) == 1
     err = capsys.readouterr().err
@@ -458,6 +460,16 @@ def test_facts_about_the_file_are_not_the_header_s_to_give(tmp_path, tiny_checkp
     assert found["path"] == str(path)
     assert found["bytes"] == path.stat().st_size
     assert found["tensors"] == len(load_file(path))
+
+
+def test_info_shows_what_would_steer_a_terminal_as_escapes(tmp_path, tiny_checkpoint, capsys):
+    path = said(prompts={"positive": "\x1b[31mred"}, other={"\x07": ["\x9b"]})(
+        tmp_path, tiny_checkpoint
+    )
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b[31mred" in out
+    assert out.replace("\n", "").isprintable()
 
 
 def test_names_with_control_characters_become_printable_names(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import gendr
 from gendr.files import checkpoint
-from gendr.resize import resize
+from gendr.resizing import resize
 from train import pairs, peers, restorer
 from train.run import Run
 from train.tiny.fresh import Fresh, Scales

@@ -139,8 +139,11 @@ def test_networks_that_do_not_belong_together_are_named():
         Header.parse(changed("config.unet.latent_channels", 15))
 
 
+DEEP = '{"a":' * 300 + "1" + "}" * 300
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "null", "[]", "5", '"x"', "[" * 100000, '{"a":' * 100000]
+    "text", ["", "{", "null", "[]", "5", '"x"', "[" * 100000, '{"a":' * 100000, DEEP]
 )
 def test_what_is_not_a_json_object(text):
     with pytest.raises(ValueError, match="JSON"):

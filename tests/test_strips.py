@@ -11,7 +11,7 @@ from conftest import UNET, VAE_, random_network
 import gendr
 from gendr.networks.onestep import fold
 from gendr.networks.strips import Strips
-from gendr.resize import pad, resize, roll_up, unroll
+from gendr.resizing import pad, resize, roll_up, unroll
 
 pytestmark = pytest.mark.threads
 

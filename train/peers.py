@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gendr.resize import resize
+from gendr.resizing import resize
 
 # What spandrel's users of torchvision import, all from this module.
 FUNCTIONAL = "torchvision.transforms.functional"

@@ -7,6 +7,7 @@ resized by the same bicubic interpolation, so that the input is shown at its bes
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,18 @@ def run(
     output: Path,
     crop: tuple[int, int, int] | None = None,
     overwrite: bool = False,
+    **reading: Any,
 ) -> dict:
     """Write the comparison of `source` and `result` to `output`; `crop` is (x, y, side) in the source.
+
+    reading: options of `pictures.read`.
 
     Raises PictureError for what cannot be read or written, ValueError for a crop outside the picture
     or an output that would replace one of the two.
     """
     if output.exists() and any(output.samefile(p) for p in (source, result) if p.exists()):
         raise ValueError(f"the comparison would replace {output}; choose another --output")
-    before, after = on_paper(pictures.read(source).pixels), on_paper(pictures.read(result).pixels)
+    before, after = (on_paper(pictures.read(path, **reading).pixels) for path in (source, result))
     height, width = before.shape[-2:]
     # A detail of half a panel is shown twice as large as it is in the result.
     wide = after.shape[-1]

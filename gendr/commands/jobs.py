@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import re
-import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from .. import pictures
 from ..settings import Settings
+from .finding import MAGIC, PICTURES, Found, by_pattern, expand, folded, identity, in_folder
 
-ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF; these values swap width and height
-# What a folder or a pattern is searched for; a file named by itself is tried whatever it is called.
-PICTURES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
-    *(".ppm", ".pgm", ".pnm", ".tga", ".avif", ".jp2"),
-)
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 WRITABLE = tuple(suffix for known in pictures.FORMATS.values() for suffix in known.suffixes)
 
@@ -42,6 +33,7 @@ class Job:
 class Inputs:
     jobs: list[Job] = field(default_factory=list)
     single: bool = False  # one file, named by itself: only then may --output be a file
+    notes: list[str] = field(default_factory=list)  # what was passed over
 
 
 def collect(words: list[str], recursive: bool = False) -> Inputs:
@@ -50,37 +42,43 @@ def collect(words: list[str], recursive: bool = False) -> Inputs:
     Patterns are expanded here as well: the shell of Windows leaves them as they are.
     """
     jobs: list[Job] = []
+    notes: list[str] = []
     for word in words:
-        path = Path(word).expanduser()
-        if os.path.isdir(path):
-            found = folder_pictures(path, recursive)
-            jobs += [Job(p, base=path) for p in found]
-            if not found:
+        path = expand(word)
+        if path.is_dir():
+            found = in_folder(path, recursive)
+            jobs += [Job(file, base=path) for file in found.files]
+            if not found.files and not found.unread:
                 deeper = "" if recursive else " (--recursive looks into its folders)"
-                jobs.append(Job(path, problem=f"there are no pictures in this folder{deeper}"))
-        elif os.path.exists(path) or not re.search(r"[*?\[]", word):
-            missing = None if os.path.exists(path) else "there is no such file"
+                problem = f"there are no pictures in this folder{deeper}{passed_over(found)}"
+                jobs.append(Job(path, problem=problem))
+        elif path.exists() or path.is_symlink() or not MAGIC.search(word):
+            missing = None if path.exists() else "there is no such file"
             jobs.append(Job(path, named=True, problem=missing))
+            continue
         else:
-            found = sorted(map(Path, glob.glob(str(path), recursive=True)), key=natural)
-            found = [p for p in found if p.is_file() and p.suffix.lower() in PICTURES]
-            jobs += [Job(p) for p in found] or [Job(path, problem="no picture fits this pattern")]
-    unique: dict[str, Job] = {}
+            found = by_pattern(path)
+            jobs += [Job(file) for file in found.files]
+            if not found.files and not found.unread:
+                problem = f"no picture fits this pattern{passed_over(found)}"
+                jobs.append(Job(path, problem=problem))
+        jobs += [Job(p, problem=f"cannot be read: {why}") for p, why in found.unread]
+        if found.files and found.skipped:
+            notes.append(f"{word}{passed_over(found)}")
+    unique: dict[object, Job] = {}
     for job in jobs:
-        unique.setdefault(same(job.source), job)
-    return Inputs(list(unique.values()), single=len(jobs) == 1 and jobs[0].named)
+        unique.setdefault(identity(job.source), job)
+    return Inputs(list(unique.values()), single=len(jobs) == 1 and jobs[0].named, notes=notes)
 
 
-def folder_pictures(folder: Path, recursive: bool) -> list[Path]:
-    found = []
-    for top, folders, names in os.walk(folder):
-        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=natural)
-        shown = (n for n in names if not n.startswith("."))
-        pictures = (Path(top, n) for n in shown if Path(n).suffix.lower() in PICTURES)
-        found += sorted(pictures, key=natural)
-        if not recursive:
-            break
-    return found
+def passed_over(found: Found) -> str:
+    """How many pictures of other kinds there are, and of which; empty where there are none."""
+    if not found.skipped:
+        return ""
+    kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(found.skipped.items()))
+    count = sum(found.skipped.values())
+    what = f"{count} picture{'s' if count > 1 else ''} of other kinds passed over"
+    return f": {what} ({kinds}); convert them, or name them one by one to try"
 
 
 def assign(
@@ -89,53 +87,70 @@ def assign(
     """Give every job its target; returns what was decided on the way, for people.
 
     Results of different pictures never share a name, also not where capitals do not count, and a
-    result never has the name of an input. Earlier results (`owned` says so of their paths) are left
-    out unless they are named by themselves: a folder can be restored again and again.
+    result never has the name of an input. Earlier results (`owned` says so of their paths) that lie
+    where this run's results go are left out unless they are named by themselves: a folder can be
+    restored again and again, and results of one folder can go to another in a second pass.
     """
     notes: list[str] = []
-    earlier = {same(job.source) for job in inputs.jobs if not job.named and owned(job.source)}
     to_file = inputs.single and is_file_name(output)
+    earlier = {
+        identity(job.source)
+        for job in inputs.jobs
+        if not job.named and _among_results(job, output) and owned(job.source)
+    }
     groups: dict[str, list[Job]] = {}
     for job in inputs.jobs:
-        if job.problem or same(job.source) in earlier:
+        if job.problem or identity(job.source) in earlier:
             continue
         if to_file:
             job.target = output
         else:
             job.target = folder_of(job, output) / (job.source.stem + suffix + ending(job, form))
-        groups.setdefault(same(job.target), []).append(job)
+        groups.setdefault(folded(job.target.absolute()), []).append(job)
 
     taken = set(groups)
     for group in (g for g in groups.values() if len(g) > 1):
         wanted = group[0].target
-        taken.discard(same(wanted))
+        taken.discard(folded(wanted.absolute()))
         for job in group:
             tag = "_" + job.source.suffix[1:].lower() if job.source.suffix else ""
             base = f"{job.source.stem}{tag}"
             candidate, count = wanted.with_name(base + suffix + wanted.suffix), 1
-            while same(candidate) in taken:
+            while folded(candidate.absolute()) in taken:
                 count += 1
                 candidate = wanted.with_name(f"{base}-{count}{suffix}{wanted.suffix}")
-            taken.add(same(candidate))
+            taken.add(folded(candidate.absolute()))
             job.target = candidate
             notes.append(
                 f"{job.source} goes to {candidate.name}: {wanted.name} has several sources"
             )
 
-    sources = {same(job.source): job for job in inputs.jobs if not job.problem}
+    sources = {identity(job.source): job for job in inputs.jobs if not job.problem}
     for job in inputs.jobs:
-        other = sources.get(same(job.target)) if job.target else None
+        other = sources.get(identity(job.target)) if job.target else None
         if other is None:
             continue
         if other is not job and owned(job.target):
-            earlier.add(same(other.source))  # the shell made a folder's pattern into names
+            earlier.add(identity(other.source))  # the shell made a folder's pattern into names
         else:
             which = "itself" if other is job else f"the input {other.source}"
             job.problem = f"its result would replace {which}; choose another --output or --suffix"
     if earlier:
-        notes.append(f"{len(earlier)} earlier results among the pictures are not restored again")
-    inputs.jobs = [job for job in inputs.jobs if same(job.source) not in earlier]
+        count = Counter(identity(job.source) in earlier for job in inputs.jobs)[True]
+        notes.append(
+            f"{count} earlier results among the pictures are not restored again (name them one by "
+            "one, or choose another --output, if they should be)"
+        )
+    inputs.jobs = [job for job in inputs.jobs if identity(job.source) not in earlier]
     return notes
+
+
+def _among_results(job: Job, output: Path | None) -> bool:
+    """Whether a picture lies where this run's results go."""
+    if output is None:
+        return True
+    place, source = Path(output).resolve(), job.source.resolve()
+    return place in source.parents
 
 
 def is_file_name(output: Path | None) -> bool:
@@ -158,33 +173,6 @@ def ending(job: Job, form: str | None) -> str:
     return FORMATS.get(form or "png", ".png")
 
 
-def same(path: Path) -> str:
-    """Equal for paths that may name the same file, links resolved and capitals ignored."""
-    return os.path.realpath(path).casefold()
-
-
-def natural(path: str | Path) -> list:
-    """Sorting key that puts page 9 before page 10."""
-    return [
-        (1, int(part), "") if part.isdigit() else (0, 0, part.casefold())
-        for part in re.split(r"(\d+)", str(path))
-    ]
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width as the picture is shown, from its header alone."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                width, height = image.size
-                rotated = image.getexif().get(ORIENTATION) in ROTATED
-    except Exception:  # Pillow's readers raise whatever a broken file leads them to
-        height, width = pictures.read(path).pixels.shape[-2:]
-        return height, width
-    return (width, height) if rotated else (height, width)
-
-
 def expect_room(target: Path, pixels: Tensor, settings: Settings) -> None:
     """ValueError where the result would not fit into its format: known now, not after the work."""
     height, width = settings.target_size(*pixels.shape[-2:])
@@ -205,7 +193,7 @@ def result_pixels(job: Job, settings: Settings) -> int:
     if job.problem:
         return 0
     try:
-        height, width = settings.target_size(*picture_size(job.source))
+        height, width = settings.target_size(*pictures.measure(job.source))
     except (ValueError, OSError):
         return 0
     return height * width

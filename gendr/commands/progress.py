@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from .trouble import plain
+
 
 class Bar:
     """Drawn on a terminal only; elsewhere it stays silent and the lines per picture tell the way.
@@ -39,7 +41,7 @@ class Bar:
         """A picture comes up whose result has `pixels` pixels."""
         if self.started is None:
             self.started = self.clock()
-        self.name, self.now = name, pixels
+        self.name, self.now = plain(name), pixels
         self.draw(0, 0)
 
     def tile(self, done: int, total: int, share: float) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import unicodedata
 from typing import Any
 
 from .. import devices
 from ..files.shapes import CheckpointError
+from ..pictures import CutShortError, TooLargeError
 from ..restoration import NotFinite
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -21,11 +23,26 @@ def reason(error: Exception) -> str:
         return FULL_DISK
     if devices.is_oom(error):
         return "out of memory: choose a smaller --tile or --scale, or close other programs"
+    if isinstance(error, CutShortError):
+        return f"{error.problem}, or take what is there with --truncated"
+    if isinstance(error, TooLargeError):
+        return f"{error.problem}, or raise --max-pixels for a file that can be trusted"
     if isinstance(error, (ValueError, NotFinite)):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     return f"unexpected {type(error).__name__}: {error}"
+
+
+def plain(text: object) -> str:
+    """Text on one line for a terminal: what would steer it is shown as an escape, `\\x1b`."""
+    return "".join(c if _harmless(c) else repr(c)[1:-1] for c in str(text))
+
+
+def _harmless(character: str) -> bool:
+    # Joiners build letters and emoji; other formats turn the direction of what follows.
+    kind = unicodedata.category(character)
+    return kind[0] not in "CZ" or kind == "Zs" or kind == "Co" or character in "\u200c\u200d"
 
 
 def blame(entry: dict[str, Any]) -> str:

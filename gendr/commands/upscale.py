@@ -1,40 +1,43 @@
 """`gendr upscale`: many pictures, one after the other, each written as soon as it is done.
 
-A picture that cannot be read, restored or written costs only itself. Ctrl-C keeps what is finished.
+A picture that cannot be read, restored or written costs only itself. Ctrl-C, and whatever else asks
+the process to end, keeps what is finished.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import shlex
 import shutil
-import signal
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import pictures
 from ..files import checkpoint
 from ..model import GenDR
+from ..pictures.placing import sweep
 from ..report import Report
 from ..settings import Settings
-from . import jobs, team
-from .jobs import Job, expect_room, picture_size, result_pixels
+from . import jobs, masks, stopping, team
+from .jobs import Job, expect_room, result_pixels
 from .journal import Journal, key
 from .progress import Bar, clock_time
-from .trouble import FULL_DISK, blame, disk_full, reason, unexpected
+from .trouble import FULL_DISK, blame, disk_full, plain, reason, unexpected
 
 STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -55,6 +58,9 @@ class Options:
     suffix: str
     recursive: bool
     truncated: bool
+    max_pixels: int
+    mask: Path | None
+    strip: bool
     resume: bool
     overwrite: bool
     plan: bool
@@ -66,8 +72,8 @@ class Options:
 def run(words: list[str], options: Options) -> int:
     """Restore the pictures that `words` name. 0 = all done, 1 = some were not, 130 = interrupted."""
     try:
-        batch = Batch(words, options, team.join(options.device))
-        with warnings.catch_warnings():
+        with stopping.as_interrupts(), warnings.catch_warnings():
+            batch = Batch(words, options, team.join(options.device))
             warnings.showwarning = batch.warn
             return batch.run()
     except (ValueError, OSError) as error:  # of the model or the team, so of every picture
@@ -75,7 +81,7 @@ def run(words: list[str], options: Options) -> int:
             raise
         if options.json:
             print(as_json({"status": "failed", "reason": reason(error)}))
-        print(f"gendr: {reason(error)}", file=sys.stderr)
+        print(f"gendr: {plain(reason(error))}", file=sys.stderr)
         return 1
 
 
@@ -98,8 +104,16 @@ class Batch:
             "dtype": options.dtype,
             "quality": options.quality,
         }
+        self.reading = {"truncated": options.truncated, "max_pixels": options.max_pixels}
+        self.mask: Tensor | None = None
+        # What is not asked for is not part of a key, which is the same then as before it existed.
+        if options.mask is not None:
+            self.mask = masks.read(options.mask, **self.reading)
+            self.facts["mask"] = hashlib.sha256(self.mask.numpy().tobytes()).hexdigest()
+        if options.strip:
+            self.facts["strip"] = True
         inputs = jobs.collect(words, options.recursive)
-        self.notes = jobs.assign(
+        self.notes = inputs.notes + jobs.assign(
             inputs, options.output, options.suffix, options.form, self.journal.owns
         )
         # Names are given over all pictures first, so two processes never choose the same one.
@@ -126,7 +140,7 @@ class Batch:
     def run(self) -> int:
         if self.crew.index == 0:
             for note in self.notes:
-                self.say(f"note: {note}")
+                self.say(f"note: {plain(note)}")
         try:
             for job in self.jobs:
                 self.finish(job, self.attempt(job))
@@ -155,7 +169,7 @@ class Batch:
         model = self.model
         try:
             if self.options.plan:
-                plan = model.plan(*picture_size(job.source), self.options.settings)
+                plan = model.plan(*pictures.measure(job.source), self.options.settings)
                 return {"status": "planned", "text": str(plan), **plan.as_dict()}
             report = self.restore(model, job)
             return {"status": "done", **report.as_dict()}
@@ -192,6 +206,7 @@ class Batch:
         if folder not in self.folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                sweep(folder)
                 with tempfile.TemporaryFile(dir=folder):
                     self.folders[folder] = None
             except OSError as error:
@@ -205,38 +220,39 @@ class Batch:
         options = self.options
         self.bar.begin(job.source.name, job.pixels)
         identity = self.key(job)  # of the file as it is read, in case it changes meanwhile
-        picture = pictures.read(job.source, truncated=options.truncated)
+        picture = pictures.read(job.source, **self.reading)
         for note in picture.notes:
-            self.say(f"note: {job.source}: {note}")
+            self.say(f"note: {plain(job.source)}: {plain(note)}")
+        height, width = picture.pixels.shape[-2:]
         expect_room(job.target, picture.pixels, options.settings)
+        mask = {} if self.mask is None else {"mask": masks.fitted(self.mask, height, width)}
         output, report = model.restore_with_report(
             picture.pixels,
             progress=lambda p: self.bar.tile(p.done, p.total, p.share),
+            **mask,
             **dataclasses.asdict(options.settings),
         )
         quality = {} if options.quality is None else {"quality": options.quality}
-        # What is restored is also written and recorded: Ctrl-C waits for that.
-        with self.uninterrupted():
-            pictures.write(job.target, output, picture, overwrite=options.overwrite, **quality)
+
+        def record(part: Path) -> None:
             with contextlib.suppress(OSError):  # without its record a picture is still a picture
-                self.journal.add(job.target, identity)
+                self.journal.add(job.target, identity, part)
+
+        # Delays Ctrl-C until this picture is written and reported.
+        with stopping.delayed(self.stop):
+            pictures.write(
+                job.target,
+                output,
+                picture,
+                overwrite=options.overwrite,
+                keep_metadata=not options.strip,
+                before=record,
+                **quality,
+            )
         return report
 
-    @contextlib.contextmanager
-    def uninterrupted(self) -> Iterator[None]:
-        """Ctrl-C inside the block takes effect when this picture is told of."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def remember(*_: Any) -> None:
-            self.stopping = True
-
-        before = signal.signal(signal.SIGINT, remember)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    def stop(self) -> None:
+        self.stopping = True
 
     def key(self, job: Job) -> str:
         return key(job.source, {**self.facts, "target": job.target.name})
@@ -253,26 +269,27 @@ class Batch:
             self.bar.clear()
             print(as_json(entry), flush=True)
         if status == "failed":
-            self.complain(f"failed: {blame(entry)}")
+            self.complain(f"failed: {plain(blame(entry))}")
         elif status == "skipped":
-            self.say(f"{job.source}: {entry['reason']} ({job.target})")
+            self.say(f"{plain(job.source)}: {entry['reason']} ({plain(job.target)})")
         elif status == "planned":
-            self.say(f"{job.source} -> {job.target}\n{indent(text)}")
+            self.say(f"{plain(job.source)} -> {plain(job.target)}\n{indent(text)}")
         else:
             sizes = " -> ".join(f"{w}x{h}" for h, w in (entry["input_size"], entry["output_size"]))
-            self.say(f"{job.source} -> {job.target}  {sizes}  {entry['seconds']:.1f} s")
+            way = f"{plain(job.source)} -> {plain(job.target)}"
+            self.say(f"{way}  {sizes}  {entry['seconds']:.1f} s")
             for event in entry["events"]:
                 self.say(f"  {event}")
 
     def interrupted(self) -> int:
         self.bar.clear()
         done = sum(entry["status"] in ("done", "skipped") for entry in self.entries)
-        words = [w for w in self.options.command if w != "--resume"]
-        again = f"{os.environ.get('GENDR_PROG', 'gendr')} {shlex.join([*words, '--resume'])}"
+        again = f"{os.environ.get('GENDR_PROG', 'gendr')} {resuming(self.options.command)}"
         if self.options.json:
             print(as_json({"summary": {"interrupted": True, "done": done}}), flush=True)
         self.complain(
-            f"Stopped: {done} of {len(self.jobs)} pictures are done and kept. Go on with\n  {again}"
+            f"Stopped: {done} of {len(self.jobs)} pictures are done and kept. Go on with\n  "
+            f"{plain(again)}"
         )
         return STOPPED
 
@@ -286,6 +303,8 @@ class Batch:
                 facts = {**counts, "pictures": len(self.entries), "seconds": round(seconds, 2)}
                 print(as_json({"summary": facts}), flush=True)
             told = ", ".join(f"{count} {status}" for status, count in counts.items())
+            if not self.entries:
+                self.complain("nothing to restore")
             if len(self.entries) > 1:
                 self.say(f"{told} in {clock_time(seconds)}")
             if failed and len(self.entries) > 1:
@@ -295,7 +314,8 @@ class Batch:
                     reasons.setdefault(entry["reason"], []).append(entry)
                 for why, entries in reasons.items():
                     several = f"{len(entries)} pictures: {why}"
-                    self.complain(f"  {blame(entries[0]) if len(entries) == 1 else several}")
+                    one = len(entries) == 1
+                    self.complain(f"  {plain(blame(entries[0]) if one else several)}")
         return 1 if failed or not self.entries else 0
 
     def say(self, text: str) -> None:
@@ -310,7 +330,15 @@ class Batch:
 
     def warn(self, message: Warning | str, *_: Any) -> None:
         if not self.options.quiet:
-            self.complain(f"warning: {message}")
+            self.complain(f"warning: {plain(message)}")
+
+
+def resuming(typed: list[str]) -> str:
+    """The command line as it was typed, with --resume where it is an option and no file's name."""
+    end = typed.index("--") if "--" in typed else len(typed)
+    options = [word for word in typed[:end] if word != "--resume"]
+    words = [*options[:1], "--resume", *options[1:], *typed[end:]]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def as_json(entry: dict[str, Any]) -> str:

@@ -6,12 +6,12 @@ import argparse
 import inspect
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import pictures
-from ..settings import BOUNDS, COLOR_FIXES, DTYPES, SPEEDS, Settings
+from ..settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings, fidelity_from
 from . import jobs
+from .finding import expand
 
 PROG = os.environ.get("GENDR_PROG", "gendr")
 EPILOG = """\
@@ -50,7 +50,9 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
     add_upscale(command("upscale", "restore and enlarge pictures"))
 
     info = command("info", "show what a model file is, without loading it")
-    info.add_argument("checkpoint", type=Path, nargs="?", help="model file (default: the embedded)")
+    info.add_argument(
+        "checkpoint", type=expand, nargs="?", help="model file (default: the embedded)"
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object")
 
     check = command("doctor", "check this installation; add its output to bug reports")
@@ -59,22 +61,23 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
     fold = command("fold", "write the folded one-step form of a model: smaller, faster")
-    fold.add_argument("checkpoint", type=Path, help="model file")
+    fold.add_argument("checkpoint", type=expand, help="model file")
     add_base(fold)
-    fold.add_argument("--output", "-o", type=Path, required=True, help="file to write")
+    fold.add_argument("--output", "-o", type=expand, required=True, help="file to write")
     fold.add_argument("--dtype", choices=DTYPES[1:], help="number format of the weights")
     fold.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     side = command("compare", "write one PNG: input | result, and a detail enlarged")
-    side.add_argument("input", type=Path, help="the picture before")
-    side.add_argument("result", type=Path, help="the picture after")
-    side.add_argument("--output", "-o", type=Path, help="(default: RESULT_compare.png)")
+    side.add_argument("input", type=expand, help="the picture before")
+    side.add_argument("result", type=expand, help="the picture after")
+    side.add_argument("--output", "-o", type=expand, help="(default: RESULT_compare.png)")
     side.add_argument(
         "--crop",
         type=crop,
         metavar="X,Y,SIDE",
         help="the detail, in pixels of the input (default: where most happens)",
     )
+    add_reading(side)
     side.add_argument("--overwrite", action="store_true", help="replace an existing file")
     side.add_argument("--json", action="store_true", help="print one JSON object")
     return top
@@ -88,7 +91,7 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--output",
         "-o",
-        type=Path,
+        type=expand,
         help="folder for the results, or a file for one picture (default: beside each picture)",
     )
 
@@ -99,8 +102,24 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
     number(size, "--megapixels", help="size of the result in millions of pixels")
 
     look = made.add_argument_group("look")
+    look.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default=defaults.preset,
+        help="the kind of picture; the options below count where you give them "
+        "(default: %(default)s, by looking at each picture)",
+    )
     number(look, "--detail", help="0 adds nothing, 1 is the model, above exaggerates")
-    number(look, "--fidelity", help="1 = reduced to the input's size, the result is the input")
+    bound = BOUNDS["fidelity"]
+    look.add_argument(
+        "--fidelity",
+        type=fidelity_from,
+        default=defaults.fidelity,
+        metavar="N",
+        help="1 = reduced to the input's size, the result is the input "
+        f"({bound.minimum:g} to {bound.maximum:g}, default: {defaults.fidelity}, by how damaged the "
+        "input is)",
+    )
     look.add_argument(
         "--color-fix",
         choices=COLOR_FIXES,
@@ -108,6 +127,12 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
         help=f"how colours are kept (default: {defaults.color_fix})",
     )
     number(look, "--guidance", help="above 1: two passes, stronger (default: the model's)")
+    look.add_argument(
+        "--mask",
+        type=expand,
+        metavar="FILE",
+        help="restore where this picture is white, enlarge plainly elsewhere",
+    )
     look.add_argument("--seamless", action="store_true", help="keep a repeating texture repeating")
 
     work = made.add_argument_group("work")
@@ -126,9 +151,12 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
         "--quality", type=percent, help=f"of jpg and webp, 1 to 100 (default: {quality})"
     )
     files.add_argument("--suffix", help="added to names (default: _x4 and the like)")
-    files.add_argument("--recursive", "-r", action="store_true", help="look into folders' folders")
     files.add_argument(
-        "--truncated", action="store_true", help="take what is there of files that are cut short"
+        "--recursive", "-r", action="store_true", help="look into folders' folders, not into links"
+    )
+    add_reading(files)
+    files.add_argument(
+        "--strip", action="store_true", help="no metadata in results, but what the colours are"
     )
     files.add_argument("--overwrite", action="store_true", help="replace existing results")
     files.add_argument(
@@ -142,7 +170,7 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
 
 
 def add_model(group: Any) -> None:
-    group.add_argument("--model", "-m", type=Path, help="model file (default: the embedded one)")
+    group.add_argument("--model", "-m", type=expand, help="model file (default: the embedded one)")
     add_base(group)
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
@@ -158,9 +186,22 @@ def add_speed(group: Any) -> None:
     )
 
 
+def add_reading(group: Any) -> None:
+    group.add_argument(
+        "--truncated", action="store_true", help="take what is there of files that are cut short"
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=pictures.MAX_PIXELS,
+        metavar="N",
+        help="refuse inputs of more pixels (default: %(default)s)",
+    )
+
+
 def add_base(group: Any) -> None:
     group.add_argument(
-        "--base", type=Path, help="GenDR file that supplies the rest, for a LoRA or a bare UNet"
+        "--base", type=expand, help="GenDR file that supplies the rest, for a LoRA or a bare UNet"
     )
 
 
@@ -178,6 +219,13 @@ def number(group: Any, *flags: str, help: str) -> None:
         metavar="N",
         help=f"{help} ({limits})",
     )
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
 
 
 def percent(text: str) -> int:

@@ -493,5 +493,7 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
         facts["tensors"] = len(tensors)
         facts["parameters"] = sum(tensor.numel() for tensor in tensors.values())
         if METADATA in metadata:
-            return {**checked_header(path, metadata[METADATA]).as_dict(), **facts}
+            header = checked_header(path, metadata[METADATA])
+            check_tensors(header.config, tensors)
+            return {**header.as_dict(), **facts}
         return {**facts, "kind": recognise(tensors)}

@@ -21,6 +21,8 @@ METADATA = "gendr"
 STORED = "fp16"
 # Sides of pictures are padded to multiples of what both networks reduce them by: 64 px for SD2.1.
 LARGEST_MULTIPLE = 1024
+# Levels of objects and lists in a header; its own have four.
+DEEPEST = 20
 
 
 class Newer(ValueError):
@@ -209,6 +211,8 @@ class Header:
             raise ValueError("it is not JSON") from error
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
+        if not shallow(values, DEEPEST):
+            raise ValueError(f"its JSON is nested more than {DEEPEST} levels deep")
         missing = [name for name in ("format", "version", "name", "config") if name not in values]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
@@ -228,6 +232,14 @@ class Header:
                 "networks hold their prompts, others do not"
             )
         return header
+
+
+def shallow(value: Any, levels: int) -> bool:
+    """Whether objects and lists hold each other at most so many levels deep."""
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(shallow(one, levels - 1) for one in inner)
 
 
 def check(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 # file that claims more is a mistake or an attack.
 MAX_PIXELS = 200_000_000
 ORIENTATION, EXIF_IFD, GPS_IFD, INTEROP_IFD = 0x0112, 0x8769, 0x8825, 0xA005
-PLANAR, MAKER_NOTE, PIXEL_WIDTH, PIXEL_HEIGHT = 0x011C, 0x927C, 0xA002, 0xA003
+MAKER_NOTE, PIXEL_WIDTH, PIXEL_HEIGHT = 0x927C, 0xA002, 0xA003
 # How the pixels of one file are stored (TIFF keeps that among the EXIF tags), never those of the
-# next; XMP, IPTC and Photoshop's blocks, which repeat the orientation; and raw development.
+# next; XMP and IPTC, which have fields of their own; Photoshop's blocks; and raw development.
 STORAGE_TAGS = frozenset(
     {
         *range(254, 267),
@@ -32,7 +32,7 @@ STORAGE_TAGS = frozenset(
 CAMERA_RAW = frozenset(
     {".3fr", ".arw", ".cr2", ".dng", ".erf", ".iiq", ".nef", ".nrw", ".orf", ".pef", ".rw2", ".srw"}
 )
-ANIMATED = frozenset({"GIF", "PNG", "WEBP", "TIFF", "AVIF", "FLI", "DCX"})
+ANIMATED = frozenset({"GIF", "WEBP", "AVIF", "FLI", "DCX"})
 # Drawings, which Pillow hands to other programs or to the system.
 VECTOR = frozenset({"EPS", "WMF", "PDF"})
 BLACK_POINT_COMPENSATION = 0x2000  # LittleCMS's flag; older Pillows have no name for it
@@ -43,14 +43,35 @@ class PictureError(ValueError):
     """A file that cannot be read or written, and what to do about it."""
 
 
+class CutShortError(PictureError):
+    """A file of which a part is missing or damaged; `problem` is the message without the remedy."""
+
+    def __init__(self, problem: str):
+        self.problem = f"{problem}; get the file again"
+        super().__init__(f"{self.problem}, or take what is there with truncated=True")
+
+
+class TooLargeError(PictureError):
+    """More pixels than the limit; `problem` is the message without the remedy."""
+
+    def __init__(self, problem: str):
+        self.problem = f"{problem}; reduce it first"
+        super().__init__(f"{self.problem}, or raise max_pixels for a file that can be trusted")
+
+
 @dataclass
 class Picture:
     """A decoded file.
 
     pixels: 1 c h w float32 in [0, 1], upright; c is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
-    bits: 8 or 16 per channel in the file.
+    bits: 8 per channel in the file, or 16 for anything deeper.
     exif, icc: as bytes, without orientation and thumbnail; an ICC profile of these pixels' colour
         space only.
+    xmp, iptc: as bytes; an orientation in XMP is reset as well.
+    dpi: pixels per inch, across and down.
+    colour: chunks of a PNG that say what its numbers mean (gAMA, cHRM, sRGB, cICP): kind and data.
+    text: text chunks as a PNG has them; a comment of another format is one with the keyword
+        "Comment".
     frames: of the file; the pixels are the first one's.
     notes: what differs from the file, in sentences for a person.
     """
@@ -60,6 +81,11 @@ class Picture:
     grey: bool = False
     exif: bytes | None = None
     icc: bytes | None = None
+    xmp: bytes | None = None
+    iptc: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    colour: tuple[tuple[bytes, bytes], ...] = ()
+    text: tuple[tuple[bytes, bytes], ...] = ()
     format: str = ""
     frames: int = 1
     path: Path | None = None

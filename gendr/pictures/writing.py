@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import struct
-import warnings
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,21 +12,20 @@ import torch
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
+from . import metadata, png
 from .kinds import (
     EXIF_IFD,
     FORMATS,
     GPS_IFD,
     INTEROP_IFD,
-    JPEG_EXIF_LIMIT,
-    MAKER_NOTE,
-    PIXEL_HEIGHT,
-    PIXEL_WIDTH,
     Picture,
     PictureError,
     os_reason,
     profile_fits,
-    strip_tags,
 )
+from .metadata import Extras
+from .placing import replacing
+from .tiff import ICC
 
 
 def write(
@@ -41,15 +36,20 @@ def write(
     format: str | None = None,
     quality: int = 95,
     overwrite: bool = False,
+    keep_metadata: bool = True,
+    before: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write pixels, (1) c h w in [0, 1] with c 1 to 4, and return where.
 
     Values are rounded half up to 255ths, or to 65535ths where `like` had 16 bits and the format has
-    them (PNG, TIFF). EXIF and a fitting ICC profile come from `like`. The format is the name's, or
-    `format`: PNG, JPEG, WebP, TIFF, BMP. 16-bit TIFF with grey and alpha is written as RGBA, which
-    more programs read.
+    them (PNG, TIFF). EXIF, XMP, IPTC, text, resolution and a fitting ICC profile come from `like`;
+    a warning names what the format has no place for. The format is the name's, or `format`: PNG,
+    JPEG, WebP, TIFF, BMP. 16-bit TIFF with grey and alpha is written as RGBA, which more programs
+    read.
 
     quality: of JPEG and WebP, 1 to 100; WebP at 100 is lossless.
+    keep_metadata: False writes nothing but the pixels and what their colours are.
+    before: called with the path of the finished file just before it takes its place.
     The file appears whole or not at all: it is written beside its place and moved there.
     Raises PictureError; what would be lost without a word (alpha in a JPEG) is refused.
     """
@@ -66,17 +66,9 @@ def write(
     try:
         target = Path(os.path.realpath(path))
         _expect_place(path, target, overwrite)
-        extras = {"exif": _exif_for(path, like, width, height, name), "icc": profile}
-        temporary = target.with_name(f".gendr-{secrets.token_hex(8)}.part")
-        try:
-            with temporary.open("xb") as file:
-                _encode(file, samples, name, quality, extras)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        extras = metadata.extras(path, like, (width, height), name, profile, keep_metadata)
+        with replacing(target, before) as file:
+            _encode(file, samples, name, quality, extras)
     except PictureError:
         raise
     except OSError as error:
@@ -156,57 +148,50 @@ def _expect_place(path: Path, target: Path, overwrite: bool) -> None:
         raise PictureError(f"{path}: exists already; choose another name, or allow overwriting it")
 
 
-def _exif_for(path: Path, like: Picture | None, width: int, height: int, name: str) -> Image.Exif:
-    """The tags of `like` for a picture of this size; none of what the format cannot hold."""
-    tags = Image.Exif()
-    if like is None or like.exif is None or name == "BMP":
-        return tags
-    try:
-        tags.load(like.exif)
-        strip_tags(tags)
-        details = tags.get_ifd(EXIF_IFD) if EXIF_IFD in tags else {}
-        for tag, value in ((PIXEL_WIDTH, width), (PIXEL_HEIGHT, height)):
-            if tag in details:
-                details[tag] = value
-        # The maker's own block is the large one, and has lost its meaning with its place.
-        if name == "JPEG" and len(tags.tobytes()) > JPEG_EXIF_LIMIT:
-            details.pop(MAKER_NOTE, None)
-        size = len(tags.tobytes())
-        if name == "JPEG" and size > JPEG_EXIF_LIMIT:
-            raise ValueError(f"{size} bytes, JPEG holds {JPEG_EXIF_LIMIT}")
-    except Exception as error:
-        warnings.warn(f"{path}: written without EXIF, which is broken ({error})", stacklevel=3)
-        return Image.Exif()
-    return tags
-
-
-def _encode(
-    file: IO[bytes], samples: np.ndarray, name: str, quality: int, extras: dict[str, Any]
-) -> None:
+def _encode(file: IO[bytes], samples: np.ndarray, name: str, quality: int, extras: Extras) -> None:
     if name == "TIFF":
-        _encode_tiff(file, samples, **extras)
+        _encode_tiff(file, samples, extras)
         return
-    if samples.dtype == np.uint16:
-        _encode_png(file, samples, **extras)
+    exif = extras.exif_bytes()
+    if name == "PNG":
+        chunks = png.metadata(
+            icc=extras.icc, exif=exif, xmp=extras.xmp, dpi=extras.dpi, more=extras.chunks
+        )
+        if samples.dtype == np.uint16:
+            png.encode_wide(file, samples, chunks)
+        else:
+            _image(samples).save(png.Inserting(file, chunks), "PNG")
         return
     options: dict[str, Any] = {}
     if name == "JPEG":
         # Halved colour resolution is for small files, which nobody asks for at 90.
         options = {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
+        options["extra"] = metadata.jpeg_segments(extras)
+        if extras.comment:
+            options["comment"] = extras.comment
     elif name == "WEBP":
         options = {"quality": quality, "lossless": quality == 100, "exact": True}
-    if len(extras["exif"]):
-        options["exif"] = extras["exif"].tobytes()
-    if extras["icc"]:
-        options["icc_profile"] = extras["icc"]
+        if extras.xmp:
+            options["xmp"] = extras.xmp
+    if extras.dpi and name in ("JPEG", "BMP"):
+        options["dpi"] = extras.dpi
+    if exif and name != "BMP":
+        options["exif"] = exif
+    if extras.icc:
+        options["icc_profile"] = extras.icc
+    _image(samples).save(file, name, **options)
+
+
+def _image(samples: np.ndarray) -> Image.Image:
     single = samples[..., 0] if samples.shape[-1] == 1 else samples
-    Image.fromarray(np.ascontiguousarray(single)).save(file, name, **options)
+    return Image.fromarray(np.ascontiguousarray(single))
 
 
-def _encode_tiff(file: IO[bytes], samples: np.ndarray, exif: Image.Exif, icc: bytes | None) -> None:
+def _encode_tiff(file: IO[bytes], samples: np.ndarray, extras: Extras) -> None:
     """Uncompressed TIFF in one strip, of 8 or 16 bits: Pillow has no 16-bit colour to write."""
     height, width, channels = samples.shape
     directory = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+    exif = extras.exif
     for tag in exif:
         inner = exif.get_ifd(tag) if tag in (EXIF_IFD, GPS_IFD) else None
         # An offset in the file that it comes from.
@@ -223,63 +208,11 @@ def _encode_tiff(file: IO[bytes], samples: np.ndarray, exif: Image.Exif, icc: by
     directory[284] = 1  # channels side by side
     if channels in (2, 4):
         directory[338] = 2  # alpha that is not multiplied in
-    if icc:
-        directory[34675] = icc
-        directory.tagtype[34675] = 7
+    profile = (ICC, extras.icc), (metadata.XMP, extras.xmp), (metadata.IPTC, extras.iptc)
+    for tag, data in profile:
+        if data:
+            directory[tag] = data
+            directory.tagtype[tag] = 7
     directory.save(file)
     little = samples.astype(samples.dtype.newbyteorder("<"), copy=False)
     file.write(memoryview(np.ascontiguousarray(little)).cast("B"))
-
-
-def _encode_png(file: IO[bytes], samples: np.ndarray, exif: Image.Exif, icc: bytes | None) -> None:
-    """PNG of 16 bits (ISO/IEC 15948): Pillow writes 16 bits of grey alone."""
-    height, width, channels = samples.shape
-
-    def chunk(kind: bytes, data: bytes) -> None:
-        file.write(struct.pack(">I", len(data)) + kind + data)
-        file.write(struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))))
-
-    file.write(b"\x89PNG\r\n\x1a\n")
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
-    if icc:
-        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
-    if len(exif):
-        chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
-    packer = zlib.compressobj(6)
-    pixel = 2 * channels
-    above = np.zeros(width * pixel, np.uint8)
-    rows = max(1, 2**20 // (width * pixel))
-    for top in range(0, height, rows):
-        big = samples[top : top + rows].astype(">u2")
-        band = big.view(np.uint8).reshape(len(big), width * pixel)
-        data = packer.compress(_filtered(band, above, pixel).tobytes())
-        above = band[-1]
-        if data:
-            chunk(b"IDAT", data)
-    chunk(b"IDAT", packer.flush())
-    chunk(b"IEND", b"")
-
-
-def _filtered(rows: np.ndarray, above: np.ndarray, pixel: int) -> np.ndarray:
-    """PNG rows with their filter byte: of the five filters the one with the smallest differences.
-
-    rows: n m uint8; above: the row before them, m; pixel: bytes of a pixel.
-    """
-    up = np.vstack([above[None], rows[:-1]])
-    left, corner = np.zeros_like(rows), np.zeros_like(rows)
-    left[:, pixel:], corner[:, pixel:] = rows[:, :-pixel], up[:, :-pixel]
-    a, b, c = (plane.astype(np.int16) for plane in (left, up, corner))
-    to_a, to_b, to_c = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
-    nearest = np.where((to_a <= to_b) & (to_a <= to_c), left, np.where(to_b <= to_c, up, corner))
-    guesses = (np.zeros_like(rows), left, up, ((a + b) >> 1).astype(np.uint8), nearest)
-    out = np.empty((len(rows), rows.shape[1] + 1), np.uint8)
-    least = np.full(len(rows), np.iinfo(np.int64).max)
-    for number, guess in enumerate(guesses):
-        difference = rows - guess
-        # Bytes as signed numbers: 255 is a difference of one.
-        cost = np.abs(difference.view(np.int8).astype(np.int16)).sum(1, dtype=np.int64)
-        better = cost < least
-        out[better, 0], out[better, 1:] = number, difference[better]
-        least = np.minimum(least, cost)
-    return out

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gendr.resize import resize
+from gendr.resizing import resize
 from train import degrade, pairs, peers
 
 # Below this scale a picture holds more than a teacher made for x4 would leave in it.
