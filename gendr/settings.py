@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-COLOR_FIXES = ("none", "wavelet", "adain", "lab")
+# auto takes the one that the model's file names, or else the usual one.
+COLOR_FIXES = ("auto", "none", "wavelet", "adain", "lab")
+USUAL_COLOR_FIX = "wavelet"
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # How passes are run; the first is the default, as of DTYPES.
 SPEEDS = ("auto", "eager", "graph", "compile")
@@ -77,7 +79,7 @@ class Settings:
     tile: int = 0
     overlap: int = 0
     tile_batch: int = 0
-    color_fix: str = "wavelet"
+    color_fix: str = COLOR_FIXES[0]
     detail: float = 1.0
     fidelity: float | str = AUTO
     guidance: float | None = None

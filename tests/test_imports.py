@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A folder, and what nothing inside it may import.
 FORBIDDEN = {
-    "gendr": ("train", "nodes", "tests", "benchmarks", "comfy", "diffusers", "transformers"),
+    "gendr": ("train", "nodes", "tests", "benchmarks", "comfy", "diffusers"),
     "gendr/networks": (
         *("gendr.files", "gendr.speed", "gendr.pictures", "gendr.commands", "gendr.model"),
         *("gendr.plan", "gendr.tiles", "gendr.settings"),

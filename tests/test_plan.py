@@ -143,7 +143,7 @@ def test_a_tile_asked_for_is_left_alone():
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("color_fix", ["wavelet", "lab"])
-@pytest.mark.parametrize("fidelity", [0.0, 0.5])
+@pytest.mark.parametrize("fidelity", [0.0, 0.5, "auto"])
 def test_whole_pictures_stay_within_their_estimate(tiny, channels, color_fix, fidelity):
     """The network is left out, so that whole pictures are all that lives."""
     network = tiny.network
