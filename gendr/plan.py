@@ -36,7 +36,7 @@ STRIP_EXTRA = 400 * 2**20
 PHASE_BYTES = 200
 # float32 pictures of the result's size that lie around the tiles: enlarged, result, blend, colour
 # fix; more with back-projection. And of the input's size, where both are compared.
-PLANES, FIDELITY_PLANES, INPUT_PLANES = 5.5, 7.5, 3
+PLANES, FIDELITY_PLANES, INPUT_PLANES = 5.5, 6.2, 4
 # Tiles in one pass, where memory allows and the device gains from it; more of them where the number
 # of launches doesn't count any more.
 BATCH, FEW_LAUNCHES_BATCH = 4, 8
