@@ -263,6 +263,9 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "scalars": (holding(lambda t: {k: v.flatten()[0].clone() for k, v in t.items()}), "shape"),
     "a prompt of no tokens": (put(embeds__positive=torch.ones(1, 0, 12)), "prompt"),
     "a prompt of another width": (put(embeds__positive=torch.ones(1, 5, 13)), "prompt"),
+    "a prompt of a book": (put(embeds__positive=torch.ones(1, 5000, 12)), "prompt"),
+    "a name of a book": (put(**{"unet__" + "x" * 9999: torch.ones(3)}), r"unet\.xxx"),
+    "a name of control codes": (put(**{"unet__\x1b[31m\n": torch.ones(3)}), r"unet\.\?"),
     "prompts of two lengths": (put(embeds__positive=torch.ones(1, 3, 12)), "prompt"),
     "8-bit floats": (cast(torch.float8_e4m3fn), "8-bit floats: GenDR takes fp16"),
     "whole numbers": (cast(torch.int64), "int64"),
@@ -357,6 +360,7 @@ def test_python_raises_one_sentence_that_names_the_file(broken, monkeypatch, tmp
     told = str(error.value)
     assert path.name in told
     assert told.isprintable()
+    assert len(told) < 1000
     assert not Path("executed").exists()
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import devices
+from .header import printable
 from .shapes import CheckpointError
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -29,6 +30,8 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 PACKED = 16
 # Stable Diffusion 2.1 with its autoencoder has 936; the largest diffusion models a few thousand.
 MOST_TENSORS = 20_000
+# Characters of a message.
+LONGEST = 600
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -56,9 +59,15 @@ def naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except ValueError as error:
-        if isinstance(error, CheckpointError) and path.name in str(error):
+        told = str(error)
+        if not isinstance(error, CheckpointError) or path.name not in told:
+            told = f"{path.name} can't be used: {told}"
+        # Names of tensors come from the file: any length, any characters.
+        if len(told) > LONGEST or told != printable(told):
+            told = printable(told)[:LONGEST]
+        if told == str(error):
             raise
-        raise CheckpointError(f"{path.name} can't be used: {error}") from error
+        raise CheckpointError(told) from error
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
     except Exception as error:
@@ -132,7 +141,7 @@ def whole(path: Path) -> Iterator[None]:
     """Says in a sentence that a file is no safetensors file."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(
             f"{path.name} is not a whole safetensors file: it was cut short while loading, or "
             f"is something else under this name; get it again ({first_line(error)})"
