@@ -59,6 +59,7 @@ class Report:
     plan: of what was computed, as it was at the end; what `PLANNED` names of it can be asked for
     here too.
     input_size, output_size: of the pictures, whatever part of them a mask chose.
+    licence: of the model.
     mask: what it chose, in words; empty without one.
     dtype: name of the precision.
     delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
@@ -78,6 +79,7 @@ class Report:
     dtype: str
     input_size: tuple[int, int]
     output_size: tuple[int, int]
+    licence: str = ""
     mask: str = ""
     passes: str = ""
     seconds: float = 0.0
@@ -108,7 +110,8 @@ class Report:
             return self.mask
         lines = [
             *([self.mask] if self.mask else []),
-            f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s",
+            f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s"
+            f"{self.plan.worked()}",
             f"{self.device}, {self.dtype}"
             + (f", {self.speed} ({self.passes})" if self.passes else "")
             + (f", peak {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else ""),
@@ -124,6 +127,8 @@ class Report:
             f"reduced to the input's size: {self.lr_psnr:.1f} dB, mean colour difference "
             f"{self.delta_e:.2f} dE"
         )
+        if self.licence:
+            lines.append(f"licence of the model: {self.licence}")
         return "\n".join(lines + self.told_inputs() + self.events)
 
     def told_inputs(self) -> list[str]:

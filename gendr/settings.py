@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-COLOR_FIXES = ("none", "wavelet", "adain", "lab")
+# auto takes the one that the model's file names, or else the usual one.
+COLOR_FIXES = ("auto", "none", "wavelet", "adain", "lab")
+USUAL_COLOR_FIX = "wavelet"
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # How passes are run; the first is the default, as of DTYPES.
 SPEEDS = ("auto", "eager", "graph", "compile")
@@ -74,7 +76,7 @@ class Settings:
     tile: int = 0
     overlap: int = 0
     tile_batch: int = 0
-    color_fix: str = "wavelet"
+    color_fix: str = COLOR_FIXES[0]
     detail: float = 1.0
     fidelity: float | str = AUTO
     guidance: float | None = None

@@ -13,7 +13,7 @@ from ..gendr.plan import Plan
 from ..gendr.settings import AUTO, BOUNDS, COLOR_FIXES, PRESETS, Settings
 from . import host
 from .size import SIZES, target
-from .wires import checked_mask, checked_picture
+from .wires import checked_mask, checked_picture, checked_prompt
 
 DEFAULT = Settings()
 # `AUTO` as a number: the widget was a number before it had this default, and graphs hold numbers.
@@ -38,9 +38,9 @@ TOOLTIPS = {
     "model": "From Load GenDR. With nothing connected GenDR-Tiny is used, which comes with the pack.",
     "scale": "How many times larger the result is, fractions too. 4 is what the model is made "
     "for; with 1 the size stays and the picture is only restored.",
-    "color_fix": "Where colors come from. wavelet keeps the input's colors even in small areas. "
-    "adain and lab match them over the whole picture: try one if wavelet leaves halos. none "
-    "takes the model's own.",
+    "color_fix": "auto takes what the model is made for. Where colors come from. wavelet keeps the "
+    "input's colors even in small areas. adain and lab match them over the whole picture: try one if "
+    "wavelet leaves halos. none takes the model's own.",
     "detail": "How much the model adds. 1 is its own measure. Lower it if skin or foliage looks "
     "overdone; above 1 exaggerates; 0 adds nothing.",
     "fidelity": "How strictly the result, made small again, must equal the input. -1 looks at each "
@@ -57,6 +57,8 @@ TOOLTIPS = {
     "preset": "The kind of picture, for what is left at its default. auto looks at each one. "
     "generated keeps every pixel of drawings and rendered pictures, photo most of the grain, damaged "
     "nothing.",
+    "positive": "A prompt, for models that read one: connect CLIP Text Encode with SD2.1's text "
+    "encoder. With nothing connected the model's own prompt is used. GenDR-Tiny reads none.",
     "tile_size": "Side of a tile in pixels of the result. 0 plans it from free memory. Choose "
     "512 or 1024 if other nodes need the memory, or to compare machines.",
     "overlap": "How far tiles reach into each other, in pixels of the result. 0 plans it. Raise "
@@ -114,6 +116,7 @@ def _optional() -> dict[str, Any]:
         "width": _number("width", "long_side", FRAME[0]),
         "height": _number("height", "long_side", FRAME[1]),
         "preset": (list(PRESETS), {"default": DEFAULT.preset, "tooltip": TOOLTIPS["preset"]}),
+        "positive": ("CONDITIONING", {"tooltip": TOOLTIPS["positive"]}),
     }
 
 
@@ -151,6 +154,7 @@ class GenDRUpscale:
         model: host.Model | None = None,
         mask: Tensor | None = None,
         preset: str = DEFAULT.preset,
+        positive: Any = None,
         **size: Any,
     ) -> tuple[Tensor, str]:
         """Picture b h w c, widgets -> restored picture and report."""
@@ -161,7 +165,7 @@ class GenDRUpscale:
             "preset": preset,
         }
         pixels, settings = _read(image, options, scale=scale, **size)
-        result, report = restore(model, pixels, mask, settings)
+        result, report = restore(model, pixels, mask, settings, positive)
         return host.output(result.movedim(1, -1)), report
 
 
@@ -222,6 +226,7 @@ class TiledGenDR:
         seamless: bool,
         model: host.Model | None = None,
         mask: Tensor | None = None,
+        positive: Any = None,
         unique_id: str | None = None,
         preset: str = DEFAULT.preset,
         **size: Any,
@@ -241,7 +246,7 @@ class TiledGenDR:
             "seamless": seamless,
         }
         pixels, settings = _read(image, options, scale=scale, **size)
-        result, report = restore(model, pixels, mask, settings)
+        result, report = restore(model, pixels, mask, settings, positive)
         departed = None
         if host.taken(unique_id, DIFFERENCE):
             departed = torch.empty(len(result), *result.shape[-2:], 1)
@@ -281,14 +286,18 @@ def _read(
 
 
 def restore(
-    model: host.Model | None, pixels: Tensor, mask: Tensor | None, settings: Settings
+    model: host.Model | None,
+    pixels: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    positive: Any = None,
 ) -> tuple[Tensor, str]:
     """Pictures b c h w in [0, 1], any float type -> restored b c H W float32, and a report.
 
-    model: None = the embedded one. Raises ValueError for a mask that does not fit; the host's own
+    model: None = the embedded one. positive: a CONDITIONING, None = the model's own prompt. Raises ValueError for a mask that does not fit; the host's own
     exception when cancelled.
     """
-    mask = checked_mask(mask, pixels)
+    mask, prompt = checked_mask(mask, pixels), checked_prompt(positive)
     model = host.embedded() if model is None else model
 
     def make_room(plan: Plan) -> int | None:
@@ -299,6 +308,7 @@ def restore(
         result, report = model.gendr.restore_with_report(
             pixels,
             mask=mask,
+            prompt=prompt,
             progress=host.Progress(),
             cancelled=host.cancelled,
             device=host.run_device(model),

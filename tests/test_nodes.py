@@ -346,6 +346,45 @@ def test_the_help_page_names_every_input(name):
         assert f"**{text['name']}**" in page
 
 
+# ---- prompts ----
+
+
+def conditioning(tokens=77, width=12):
+    """What CLIP Text Encode sends: an embedding and facts beside it."""
+    embedding = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(tokens))
+    return [[embedding, {"pooled_output": torch.zeros(1, width)}]]
+
+
+@pytest.mark.parametrize("tokens", [77, 154])
+@pytest.mark.parametrize("call", [upscale, upscale_tiled])
+def test_a_conditioning_stands_in_for_the_models_prompt(model, tokens, call):
+    image, positive = picture(), conditioning(tokens)
+    result, report, *_ = call(model, image, positive=positive)
+    expected = model.gendr.restore(
+        image.movedim(-1, 1), 2.0, color_fix="wavelet", prompt=positive[0][0]
+    )
+    assert torch.equal(result, expected.movedim(1, -1))
+    assert f"prompt: {tokens} tokens instead of the model's own" in report
+    plain = call(model, image)[0]
+    assert not torch.equal(result, plain)
+    assert torch.equal(call(model, image, positive=None)[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("positive", "words"),
+    [
+        (conditioning() * 2, "several conditionings side by side"),
+        (torch.zeros(1, 77, 12), "is no conditioning but Tensor"),
+        ({"samples": 1}, "is no conditioning but dict"),
+        (conditioning(width=768), r"Random reads \(1, n, 12\)"),
+        ([[torch.full((1, 77, 12), torch.nan), {}]], "holds 924 values that are not numbers"),
+    ],
+)
+def test_a_conditioning_that_is_none_is_said_in_comfyuis_words(model, positive, words):
+    with pytest.raises(ValueError, match=words):
+        upscale(model, picture(), positive=positive)
+
+
 # ---- the host ----
 
 
