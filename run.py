@@ -51,6 +51,7 @@ PACKAGES = {
         "pytest-xdist",
         "ruff",
         "accelerate",
+        "av",
         "diffusers",
         "peft",
         "tensorboardX",

@@ -21,12 +21,12 @@ import torch
 from benchmarks.memory import Watch
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet
-from train import cida, plan, recipe
-from train import memory as estimate
+from train import cida, memory, recipe
+from train.checkpointing import recompute_blocks
 from train.processes import Processes
-from train.stage2 import step as iteration
+from train.stage2 import plan
 from train.stage2.discriminator import Discriminator
-from train.stage2.scores import Scores, recompute_blocks
+from train.stage2.scores import Scores
 from train.stage2.step import Generator, Iteration, Sample
 
 GIB = 2**30
@@ -42,23 +42,29 @@ def networks(settings: cida.Settings, device: torch.device) -> Iteration:
     base.load_state_dict(unet.state_dict())
     recompute_blocks(unet)
     generator = Generator(unet, config, prompt)
-    scores = Scores(base, rank=settings.rank, alpha=settings.alpha, recompute=True).to(device)
+    scores = Scores(
+        base,
+        lora_rank=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        prediction=config.prediction_type,
+        recompute=True,
+    ).to(device)
     heads = Discriminator(config.unet, at=settings.heads, width=settings.head_width).to(device)
     return Iteration(
-        generator, scores, heads, prompt, null, iteration.rules(settings), Processes(str(device)),
+        generator, scores, heads, prompt, null, settings.rules, Processes(str(device)),
         dtype=torch.bfloat16,
     )  # fmt: skip
 
 
 def phase(device: torch.device, run: object) -> dict[str, float]:
     """Seconds and peak GiB of one call."""
-    with Watch(device) as memory:
+    with Watch(device) as watch:
         started = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 2), "peak_gib": round(memory.bytes / GIB, 2)}
+    return {"seconds": round(seconds, 2), "peak_gib": round(watch.bytes / GIB, 2)}
 
 
 def predicted(settings: cida.Settings, optimizers: bool) -> float:
@@ -66,8 +72,13 @@ def predicted(settings: cida.Settings, optimizers: bool) -> float:
     config = StepConfig()
     with torch.device("meta"):
         unet = UNet(config.unet)
-        count = estimate.parameters(unet)
-        scores = Scores(unet, rank=settings.rank, alpha=settings.alpha)
+        count = memory.parameters(unet)
+        scores = Scores(
+            unet,
+            lora_rank=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            prediction=config.prediction_type,
+        )
     lora = sum(p.numel() for name in ("real", "fake") for p in scores.parameters_of(name))
     trained = count * 4 * (4 if optimizers else 2) + count * 2
     frozen = count * 2 + lora * 4 * (4 if optimizers else 1)
@@ -122,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         }
     rows = [("phase", "seconds", "peak GiB")]
     rows += [(name, str(v["seconds"]), str(v["peak_gib"])) for name, v in found.items()]
-    print(estimate.table(rows))
+    print(memory.table(rows))
     want = predicted(settings, bool(optimizers))
     print(f"predicted for the generator phase, from shapes: {want:.2f} GiB")
     if args.json:

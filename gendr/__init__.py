@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .report import Cancelled, Progress, Report
     from .resizing import resize
     from .restoration import NotFinite
-    from .settings import BOUNDS, COLOR_FIXES, DTYPES, SPEEDS, Settings
+    from .settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ HOMES = {
     "DTYPES": "settings",
     "EMBEDDED": "files.checkpoint",
     "EXTENSIONS": "files.checkpoint",
+    "PRESETS": "settings",
     "SPEEDS": "settings",
     "Cancelled": "report",
     "CheckpointError": "files.checkpoint",
@@ -54,6 +55,7 @@ __all__ = [
     "DTYPES",
     "EMBEDDED",
     "EXTENSIONS",
+    "PRESETS",
     "SPEEDS",
     "Cancelled",
     "CheckpointError",

@@ -1,4 +1,4 @@
-"""The command line: `gendr upscale`, `info`, `doctor`, `fold`, `compare`.
+"""The command line: `gendr upscale`, `info`, `doctor`, `fold`, `convert`, `compare`.
 
 The same words and the same defaults as in Python and in the nodes' widgets: both come from
 `gendr.settings`. Exit codes: 0 = done, 1 = something failed, 2 = wrong use, 130 = Ctrl-C.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pictures
-from .commands import compare, doctor, jobs, trouble, upscale, video, words
+from .commands import compare, convert, doctor, jobs, trouble, upscale, video, words
 from .files import checkpoint
 from .settings import Settings
 
@@ -64,6 +64,7 @@ def parser() -> words.Parser:
             "info": run_info,
             "doctor": run_doctor,
             "fold": run_fold,
+            "convert": run_convert,
             "compare": run_compare,
         }
     )
@@ -159,6 +160,10 @@ def run_fold(args: argparse.Namespace, typed: list[str]) -> int:
     size = output.stat().st_size / 1e6
     print(f"{output}: {model.parameters:,} parameters of one step in {dtype}, {size:.1f} MB")
     return 0
+
+
+def run_convert(args: argparse.Namespace, typed: list[str]) -> int:
+    return convert.run(args)
 
 
 def run_compare(args: argparse.Namespace, typed: list[str]) -> int:

@@ -63,13 +63,26 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     return torch.device("cpu")
 
 
-def choose_precision(device: torch.device, requested: str = "auto") -> Precision:
+def choose_precision(
+    device: torch.device,
+    requested: str = "auto",
+    *,
+    model: str | None = None,
+    usual: str = DTYPES[0],
+) -> Precision:
     """Dtypes for a device. `auto` takes bf16, then fp16, where a probe shows that they pay.
 
     The autoencoder never runs in fp16: its activations leave that range.
+    model: the one half-size dtype whose rounding a model bears, by its file; `auto` then takes that or
+    fp32, and the autoencoder stays in fp32 as well. usual: what `auto` means to a host that knows the
+    device.
     """
     if requested not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
+    if requested == "auto" and model is not None:
+        return _precision_of_model(device, model, usual)
+    if requested == "auto":
+        requested = usual
     if requested == "auto":
         candidates = ("bf16",) if device.type == "cpu" else ("bf16", "fp16")
         tried = []
@@ -82,6 +95,19 @@ def choose_precision(device: torch.device, requested: str = "auto") -> Precision
     if requested != "fp32" and not probe(str(device), requested)[0]:
         raise ValueError(f"{requested} doesn't work on this {device.type}: choose auto or fp32")
     return _precision(device, requested, "as asked")
+
+
+def _precision_of_model(device: torch.device, model: str, usual: str) -> Precision:
+    """The model's own dtype where this device is faster in it and the host allows less than fp32."""
+    half = model if model != "fp32" and usual != "fp32" else None
+    if half == "fp16" and device.type == "cpu":
+        half = None  # no CPU has been found right in it
+    if half is not None:
+        works, gain = probe(str(device), half)
+        if works and gain >= WORTH:
+            reason = f"the model's, {gain:.1f}x fp32 on this {device.type}, autoencoder in fp32"
+            return Precision(half, TORCH_DTYPES[half], torch.float32, reason)
+    return _precision(device, "fp32", f"the model is not for less than {model}")
 
 
 def _precision(device: torch.device, name: str, reason: str) -> Precision:

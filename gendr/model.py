@@ -13,11 +13,11 @@ from . import devices, plan, region
 from .alpha import check_image
 from .devices import Precision
 from .files.header import Header
-from .networks.onestep import Step
+from .networks.onestep import Prompt, Step
 from .plan import Plan
 from .report import OnProgress, Report
 from .restoration import Restoration
-from .settings import SPEEDS, Settings
+from .settings import COLOR_FIXES, SPEEDS, USUAL_COLOR_FIX, Settings
 from .speed import runners as speeds
 from .tiles import NO_TILES
 
@@ -44,6 +44,8 @@ class GenDR:
         self.network, self.header, self.precision = network, header, precision
         self.device, self.casts = torch.device(device), casts
         self.network.compute = (precision.vae, precision.unet)
+        # The last prompt that was given, with what the network made of it.
+        self._prompt: tuple[Tensor, Prompt] | None = None
         self.speed = speeds.choose(speed, self.device, network, casts=casts)
         self.runner = speeds.runner(self.speed, network, self.device)
 
@@ -82,6 +84,7 @@ class GenDR:
         """Restore and enlarge: b c h w in [0, 1] -> b c H W, float32, on the CPU.
 
         image: 1 (grey), 2 (grey, alpha), 3 or 4 channels, any float dtype; from 1x1 up.
+        prompt: embedding of a text, 1 n d, instead of the model's fixed prompt.
         mask: h w or b h w in [0, 1]: only where it is white the picture is restored, with a soft
         edge; the rest is enlarged plainly.
         scale and any other field of `Settings` by name; `progress`, `cancelled`, `device`,
@@ -100,6 +103,7 @@ class GenDR:
         scale: float | None = None,
         *,
         mask: Tensor | None = None,
+        prompt: Tensor | None = None,
         progress: OnProgress | None = None,
         cancelled: Callable[[], bool] | None = None,
         device: torch.device | str | None = None,
@@ -110,6 +114,7 @@ class GenDR:
     ) -> tuple[Tensor, Report]:
         """As `restore`, with a `Report` of what was done.
 
+        prompt: embedding of a text by SD2's text encoder, 1 n d, instead of the model's fixed prompt.
         progress: called after every pass; what it raises passes through and ends the run.
         cancelled: asked before every pass and every strip.
         device: where to compute, when something else than this object put the weights there.
@@ -120,8 +125,14 @@ class GenDR:
         check_image(image)
         if scale is not None:
             settings["scale"] = scale
-        chosen = Settings(**settings)
+        chosen = self.chosen(Settings(**settings))
         place = self.device if device is None else torch.device(device)
+
+        events = [self.speed.reason] if self.speed.reason else []
+        words = None
+        if prompt is not None:
+            words = self.prompt(prompt, place)
+            events.append(f"prompt: {prompt.shape[1]} tokens instead of the model's own")
 
         def planned(part: Tensor, free: int | None) -> Plan:
             height, width = part.shape[-2:]
@@ -144,7 +155,9 @@ class GenDR:
                 progress=progress,
                 cancelled=cancelled,
                 is_oom=is_oom,
-                events=[self.speed.reason] if self.speed.reason else [],
+                prompt=words,
+                licence=self.licence,
+                events=[*events],
             )
             return restoration.run(part)
 
@@ -158,6 +171,7 @@ class GenDR:
                 settings=chosen,
                 plan=nothing,
                 dtype=self.precision.name,
+                licence=self.licence,
                 input_size=nothing.input_size,
                 output_size=nothing.output_size,
             )
@@ -200,9 +214,42 @@ class GenDR:
             device=str(place),
             batched=place.type not in ("cpu", "mps"),
             guidance=guidance,
+            min_side=self.header.min_side,
             speed=self.speed.name,
             on_device=self.runner.on_device,
         )
+
+    def chosen(self, settings: Settings) -> Settings:
+        """Settings with what the person left on automatic as the model's file has it."""
+        if settings.color_fix != COLOR_FIXES[0]:
+            return settings
+        return replace(settings, color_fix=self.header.color_fix or USUAL_COLOR_FIX)
+
+    def prompt(self, embedding: Tensor, device: torch.device) -> Prompt:
+        """A prompt's embedding 1 n d in the form that the network takes. ValueError for a wrong one."""
+        width = self.network.config.unet.cross_attention_dim
+        if embedding.dim() != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
+            raise ValueError(
+                f"the prompt is {tuple(embedding.shape)}, {self.name} reads (1, n, {width}): encode it "
+                "with the text encoder that the model was trained with, or give none"
+            )
+        if not bool(torch.isfinite(embedding).all()):
+            raise ValueError("the prompt holds NaN or infinity: encode it again")
+        kept = self._prompt
+        if kept is None or not torch.equal(kept[0], embedding.cpu()):
+            try:
+                kept = embedding.detach().cpu().clone(), self.network.prompt(embedding.cpu())
+            except ValueError as error:
+                raise ValueError(f"{self.name} can't take a prompt: {error}") from error
+            self._prompt = kept
+        dtype = self.network.compute[1] or torch.float32
+
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype)
+
+        if isinstance(kept[1], Tensor):
+            return there(kept[1])
+        return {place: (there(key), there(value)) for place, (key, value) in kept[1].items()}
 
     def guidance(self, settings: Settings) -> float:
         """The guidance in force: the person's, else the file's. ValueError where it can't be had."""

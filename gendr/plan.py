@@ -15,6 +15,8 @@ from .tiles import WHOLE, Grid, fit_grid, one_tile
 
 Size = tuple[int, int]
 
+# A strip of one pixel by a thousand would otherwise be enlarged to half a million pixels' width.
+LONGEST = 4
 # Share of the free memory that a plan may fill: estimates miss, and others allocate too.
 BUDGET = 0.8
 # Default share of a tile that its neighbour sees as well, and its largest value in pixels.
@@ -42,6 +44,8 @@ STAGED = 6
 class Plan:
     """A run as it will go. Sizes are (height, width) in pixels of the output.
 
+    work_size: what the network restores; larger than the output where the model wants that, and
+    then reduced to it. padded_size and grid belong to it.
     mode: "whole" (one pass), "latent_tiles" (the autoencoder over the whole picture, the UNet in
     tiles of the latent) or "tiles" (encode, step and decode in tiles).
     grid: the tiles, in pixels of the padded output in every mode; one tile where all goes whole.
@@ -52,6 +56,7 @@ class Plan:
 
     input_size: tuple[int, int]
     output_size: tuple[int, int]
+    work_size: tuple[int, int]
     padded_size: tuple[int, int]
     images: int
     mode: str
@@ -87,6 +92,11 @@ class Plan:
         del values["grid"]
         return {**values, "tiles": self.tiles, "tile": self.tile, "overlap": self.overlap}
 
+    def worked(self) -> str:
+        """The size that the network works at, where it is not the result's."""
+        h, w = self.work_size
+        return "" if self.work_size == self.output_size else f", computed at {w}x{h}"
+
     def __str__(self) -> str:
         (h, w), (oh, ow) = self.input_size, self.output_size
         how = {
@@ -98,7 +108,7 @@ class Plan:
             how += f" of {self.tile[1]}x{self.tile[0]}, overlap {self.overlap}"
         several = f"{self.images} pictures, each " if self.images > 1 else ""
         return (
-            f"{several}{w}x{h} -> {ow}x{oh} ({oh * ow / 1e6:.1f} MP), {how}; about "
+            f"{several}{w}x{h} -> {ow}x{oh} ({oh * ow / 1e6:.1f} MP), {how}{self.worked()}; about "
             f"{self.bytes_needed / 2**30:.1f} of {self.free_bytes / 2**30:.1f} GiB free on "
             f"{self.device}, {self.dtype}" + ("" if self.speed == "eager" else f", {self.speed}")
         )
@@ -153,7 +163,7 @@ class Case:
     train_tile: edge in pixels that the model was trained on. free: bytes on the device.
     bytes_each: of one activation. batched: whether the device gains from several tiles in one pass.
     on_device: whether the picture should lie on the device; it goes back to the host where that
-    leaves too little for the tiles.
+    leaves too little for the tiles. min_side: the shorter side that the model wants at least.
     """
 
     config: StepConfig
@@ -168,6 +178,7 @@ class Case:
     device: str
     batched: bool
     guidance: float
+    min_side: int = 0
     speed: str = "eager"
     on_device: bool = False
 
@@ -185,6 +196,11 @@ class Case:
     def output(self) -> tuple[int, int]:
         """Size of the result."""
         return self.settings.target_size(self.height, self.width)
+
+    @cached_property
+    def work(self) -> tuple[int, int]:
+        """Size that the network restores."""
+        return at_least(self.output, self.min_side)
 
     @cached_property
     def target(self) -> int:
@@ -205,7 +221,7 @@ class Case:
     @cached_property
     def padded(self) -> tuple[int, int]:
         """Size of what the network sees."""
-        return tuple(up_to_multiple(n + 2 * self.margin, self.multiple) for n in self.output)
+        return tuple(up_to_multiple(n + 2 * self.margin, self.multiple) for n in self.work)
 
     @cached_property
     def planes(self) -> tuple[int, bool]:
@@ -246,6 +262,7 @@ class Case:
         return Plan(
             input_size=(self.height, self.width),
             output_size=self.output,
+            work_size=self.work,
             padded_size=self.padded,
             images=self.images,
             mode=mode,
@@ -313,6 +330,15 @@ class Case:
         if len(grid) == 1:
             return self.plan("whole", one_tile(*self.padded), batch=1, strips=False, cost=cost)
         return self.plan("tiles", grid, batch=batch, strips=False, cost=cost)
+
+
+def at_least(size: Size, side: int) -> Size:
+    """A size of the same aspect whose shorter side is at least `side`.
+
+    Of a very long picture it is less, so that the longer side is at most `LONGEST` times that.
+    """
+    factor = min(side / min(size), LONGEST * side / max(size))
+    return tuple(round(length * factor) for length in size) if factor > 1 else size
 
 
 def even(tiles: int, most: int) -> int:

@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .fidelity import Found
 from .plan import Plan
 from .settings import Settings
+
+# So many pictures' inputs are told one by one.
+TOLD = 8
 
 # What a report passes on from its plan, as attributes and in `as_dict`.
 PLANNED = (
@@ -55,6 +59,7 @@ class Report:
     plan: of what was computed, as it was at the end; what `PLANNED` names of it can be asked for
     here too.
     input_size, output_size: of the pictures, whatever part of them a mask chose.
+    licence: of the model.
     mask: what it chose, in words; empty without one.
     dtype: name of the precision.
     delta_e, lr_psnr: colour difference (CIE76) and dB between the result, reduced to the input's
@@ -64,6 +69,8 @@ class Report:
     elsewhere.
     speed, passes: how passes were run, and what the model has kept of them for later ones.
     events: what had to be changed on the way, such as smaller tiles after running out of memory.
+    found: what every picture's input was found to be, and the fidelity chosen for it (the mean over
+    the picture); empty where a number was asked for.
     """
 
     model: str
@@ -72,6 +79,7 @@ class Report:
     dtype: str
     input_size: tuple[int, int]
     output_size: tuple[int, int]
+    licence: str = ""
     mask: str = ""
     passes: str = ""
     seconds: float = 0.0
@@ -80,6 +88,7 @@ class Report:
     lr_psnr: float = 0.0
     seam_score: float | None = None
     events: list[str] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
         if name in PLANNED:
@@ -90,6 +99,7 @@ class Report:
         """Plain values on one level, for JSON: what the plan says included."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         del values["plan"]
+        values["found"] = [{**asdict(one.damage), "fidelity": one.fidelity} for one in self.found]
         values["settings"] = asdict(self.settings)
         return values | {name: getattr(self.plan, name) for name in PLANNED}
 
@@ -100,7 +110,8 @@ class Report:
             return self.mask
         lines = [
             *([self.mask] if self.mask else []),
-            f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s",
+            f"{self.model}: {several}{w}x{h} -> {ow}x{oh} in {self.seconds:.1f} s"
+            f"{self.plan.worked()}",
             f"{self.device}, {self.dtype}"
             + (f", {self.speed} ({self.passes})" if self.passes else "")
             + (f", peak {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else ""),
@@ -116,4 +127,19 @@ class Report:
             f"reduced to the input's size: {self.lr_psnr:.1f} dB, mean colour difference "
             f"{self.delta_e:.2f} dE"
         )
-        return "\n".join(lines + self.events)
+        if self.licence:
+            lines.append(f"licence of the model: {self.licence}")
+        return "\n".join(lines + self.told_inputs() + self.events)
+
+    def told_inputs(self) -> list[str]:
+        """What was found in the inputs, in words: a line each, as long as they are few."""
+        told = [str(one) for one in self.found]
+        if len(set(told)) <= 1:
+            return [f"input: {line}" for line in told[:1]]
+        lines = [f"input {n}: {line}" for n, line in enumerate(told[:TOLD], 1)]
+        if len(told) > TOLD:
+            shares = [one.fidelity for one in self.found]
+            lines.append(
+                f"and {len(told) - TOLD} more inputs; fidelity {min(shares):.2f} to {max(shares):.2f}"
+            )
+        return lines

@@ -12,25 +12,24 @@ from torch import Tensor
 
 from . import color, devices
 from .alpha import fill_transparent, split_alpha
+from .damage import LUMA
 from .devices import Precision
-from .fidelity import back_project, psnr, reduce
-from .networks.onestep import OneStep, Step
+from .fidelity import Found, automatic, back_project, psnr, reduce
+from .networks.onestep import OneStep, Prompt, Step
 from .networks.strips import Strips
 from .networks.work import stages
 from .plan import Plan
 from .preview import LatentColours, Preview
 from .report import Cancelled, OnProgress, Progress, Report
 from .resizing import pad, resize, roll_up, unroll
-from .settings import Settings
+from .settings import AUTO, Settings
 from .speed.runners import Eager
 from .speed.transfer import Transfer
 from .tiles import Box, Fn, finished, recovering, seam_score, tiled
 
-# ITU-R BT.601, for a grey result.
-LUMA = (0.299, 0.587, 0.114)
 # Of what follows the network, per pixel of the result, in multiply-adds that take as long: the
 # colours, and back-projection.
-COLOUR_WORK, FIDELITY_WORK = 2_000, 20_000
+COLOUR_WORK, FIDELITY_WORK = 2_000, 4_000
 
 
 class NotFinite(RuntimeError):
@@ -41,8 +40,10 @@ class NotFinite(RuntimeError):
 class Restoration:
     """One call of `restore`: the plan in force and what has happened so far.
 
-    network, runner: what computes, and the way it is run. casts: as of `GenDR`. name: the model's.
-    guidance: the one in force. events: what the report is to say besides what happens here.
+    network, runner: what computes, and the way it is run. casts: as of `GenDR`.
+    name, licence: the model's.
+    guidance: the one in force. prompt: instead of the network's own, in the form that it takes.
+    events: what the report is to say besides what happens here.
     """
 
     network: Step
@@ -50,6 +51,7 @@ class Restoration:
     precision: Precision
     casts: bool
     name: str
+    licence: str
     guidance: float
     plan: Plan
     settings: Settings
@@ -57,10 +59,12 @@ class Restoration:
     progress: OnProgress | None
     cancelled: Callable[[], bool] | None
     is_oom: Callable[[BaseException], bool]
+    prompt: Prompt | None = None
     events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.done = self.index = 0
+        self.found: list[Found] = []
         self.seam_scores: list[float] = []
         extra = 2 if self.plan.mode == "latent_tiles" else 0
         self.total = (self.plan.tiles + extra) * self.plan.images
@@ -91,9 +95,11 @@ class Restoration:
             settings=self.settings,
             plan=self.plan,
             dtype=self.precision.name,
+            licence=self.licence,
             input_size=self.plan.input_size,
             output_size=self.plan.output_size,
             events=self.events,
+            found=self.found,
         )
         with torch.inference_mode():
             for self.index in range(batch):
@@ -133,19 +139,29 @@ class Restoration:
     def restore_rgb(self, image: Tensor) -> Tensor:
         """The whole method on three channels: 1 3 h w -> 1 3 H W."""
         plan, settings = self.plan, self.settings
-        enlarged = resize(image, plan.output_size, wrap=settings.seamless)
+        enlarged = resize(image, plan.work_size, wrap=settings.seamless)
+        x = enlarged
         if settings.seamless:
-            enlarged = unroll(enlarged, plan.margin, plan.padded_size)
-        x = pad(enlarged, plan.padded_size)
+            x = unroll(x, plan.margin, plan.padded_size)
+        x = pad(x, plan.padded_size)
         y = (self.network_pass(2 * x - 1) + 1) / 2
         if settings.seamless:
             y = color.apply(settings.color_fix, y, x)
-            y = roll_up(y, plan.margin, plan.output_size)
+            y = roll_up(y, plan.margin, plan.work_size)
         else:
-            y = y[..., : plan.output_size[0], : plan.output_size[1]]
+            y = y[..., : plan.work_size[0], : plan.work_size[1]]
             y = color.apply(settings.color_fix, y, enlarged)
-        y = back_project(y.clamp(0, 1), image, settings.fidelity)
-        if plan.tiles > 1 and not settings.seamless:
+        y = y.clamp(0, 1)
+        as_computed = plan.work_size == plan.output_size
+        if not as_computed:
+            y = reduce(y, plan.output_size)
+            enlarged = resize(image, plan.output_size, wrap=settings.seamless)
+        if settings.fidelity == AUTO:
+            y, found = automatic(y, image, enlarged)
+            self.found.append(found)
+        else:
+            y = back_project(y, image, settings.fidelity)
+        if plan.tiles > 1 and as_computed and not settings.seamless:
             self.seam_scores.append(seam_score(y, plan.grid, enlarged))
         return y
 
@@ -234,8 +250,12 @@ class Restoration:
         return finish if self.ahead else finish()
 
     def run_stage(self, stage: str, x: Tensor) -> Tensor:
-        """The way the model's speed says. Strips may stop between two, so they run as they are."""
-        if self.plan.strips and stage != "step":
+        """The way the model's speed says.
+
+        Strips may stop between two, and what was recorded holds the network's own prompt: both run
+        as they are.
+        """
+        if self.prompt is not None or (self.plan.strips and stage != "step"):
             return self.compute(self.network, stage, x)
         key = (stage, self.settings.detail, self.guidance, self.network.compute)
         return self.runner.run(key, lambda z: self.compute(self.network, stage, z), x, self.tell)
@@ -245,7 +265,9 @@ class Restoration:
         if self.plan.strips and isinstance(network, OneStep):
             network = Strips(network, check=self.check, worked=self.strip_done)
         if stage in ("step", "forward"):
-            return getattr(network, stage)(x, detail=self.settings.detail, guidance=self.guidance)
+            return getattr(network, stage)(
+                x, detail=self.settings.detail, guidance=self.guidance, prompt=self.prompt
+            )
         return getattr(network, stage)(x)
 
     def again(self, stage: str, x: Tensor, to: torch.device) -> Tensor:

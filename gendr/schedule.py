@@ -26,6 +26,14 @@ def beta_bar(t: int | Tensor) -> Tensor:
     return (1 - alpha_bar(t) ** 2).sqrt()
 
 
+def levels(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise level at timesteps t (b), b 1 1 1, in `like`'s dtype but float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    a, b = alpha_bar(t), beta_bar(t)
+    a, b = (x.to(like.device, dtype)[:, None, None, None] for x in (a, b))
+    return a, b
+
+
 def add_noise(z0: Tensor, eps: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     """Forward process: z_t = a z_0 + b eps."""
     return a * z0 + b * eps

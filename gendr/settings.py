@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-COLOR_FIXES = ("none", "wavelet", "adain", "lab")
+# auto takes the one that the model's file names, or else the usual one.
+COLOR_FIXES = ("auto", "none", "wavelet", "adain", "lab")
+USUAL_COLOR_FIX = "wavelet"
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 # How passes are run; the first is the default, as of DTYPES.
 SPEEDS = ("auto", "eager", "graph", "compile")
 # Settings that give a size instead of a factor.
 TARGETS = ("long_side", "short_side", "megapixels")
+# Fidelity that follows how damaged the input is.
+AUTO = "auto"
+# What goes together for a kind of picture: it takes the place of what is left at its default. The
+# first is the default, and leaves everything to the picture itself.
+PRESETS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    # Drawn, rendered or generated: every pixel is meant.
+    "generated": {"fidelity": 1.0},
+    # From a camera: the grain belongs to it, mostly.
+    "photo": {"fidelity": 0.75},
+    # Worse than can be measured: only what the model makes of it.
+    "damaged": {"fidelity": 0.0},
+}
 # Beyond this factor one step has nothing left of the picture to build on.
 MAX_FACTOR = 8.0
 
@@ -48,8 +63,10 @@ class Settings:
     color_fix: where the low frequencies or colour statistics come from; one of `COLOR_FIXES`.
     detail: 0 = the encoded and decoded input, 1 = the model; linear in the latent.
     fidelity: share of back-projection; at 1 the result, reduced to the input's size, is the input.
+    `AUTO` measures how damaged the input is, and trusts it accordingly, everywhere on its own.
     guidance: strength of classifier-free guidance, None = the checkpoint's; above 1 runs two passes.
     seamless: treat the picture as a torus, for textures that repeat.
+    preset: one of `PRESETS`, for what is left at its default.
     """
 
     scale: float = 4.0
@@ -59,20 +76,27 @@ class Settings:
     tile: int = 0
     overlap: int = 0
     tile_batch: int = 0
-    color_fix: str = "wavelet"
+    color_fix: str = COLOR_FIXES[0]
     detail: float = 1.0
-    fidelity: float = 0.0
+    fidelity: float | str = AUTO
     guidance: float | None = None
     seamless: bool = False
+    preset: str = next(iter(PRESETS))
 
     def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) == getattr(type(self), name):
+                object.__setattr__(self, name, value)
         for name, bound in BOUNDS.items():
             value = getattr(self, name)
-            if value is None:
+            if value is None or (name == "fidelity" and value == AUTO):
                 continue
             whole = isinstance(bound.step, int)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+                kind = f"a number or {AUTO!r}" if name == "fidelity" else "a number"
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
             if whole and value != int(value):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
             if not math.isfinite(value) or not bound.minimum <= value <= bound.maximum:
@@ -131,6 +155,11 @@ def _told(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def fidelity_from(text: str) -> float | str:
+    """A fidelity as it is typed: a number, or `AUTO`. ValueError for another word."""
+    return text if text == AUTO else float(text)
 
 
 NAMES = tuple(field.name for field in fields(Settings))

@@ -109,14 +109,13 @@ def load(path: str, dtype: str) -> Model:
     if not HOSTED:
         return Model(checkpoint.load(path, device="cpu", dtype=dtype))
     device = management.get_torch_device()
-    if dtype == "auto":
-        dtype = _usual_dtype(device)
     # Weights stay where ComfyUI keeps what is not in use; layers cast them to what they work on.
     gendr = checkpoint.load(
         path,
         device="cpu",
         runs_on=device,
         dtype=dtype,
+        usual=_usual_dtype(device),
         operations=comfy.ops.manual_cast,
     )
     # Looked up now, not at import: ComfyUI rebinds the name while it starts.

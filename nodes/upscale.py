@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..gendr.fidelity import difference
 from ..gendr.plan import Plan
-from ..gendr.settings import BOUNDS, COLOR_FIXES, Settings
+from ..gendr.settings import AUTO, BOUNDS, COLOR_FIXES, PRESETS, Settings
 from . import host
 from .size import SIZES, target
-from .wires import checked_mask, checked_picture
+from .wires import checked_mask, checked_picture, checked_prompt
 
 DEFAULT = Settings()
+# `AUTO` as a number: the widget was a number before it had this default, and graphs hold numbers.
+BY_PICTURE = -1.0
 # Of the widgets that only count where `size_by` says so: what the number fields begin with.
 SIDE, MEGAPIXELS, FRAME = 2048, 4.0, (1920, 1080)
 # Place of the difference map among Tiled GenDR's outputs.
@@ -36,14 +38,14 @@ TOOLTIPS = {
     "model": "From Load GenDR. With nothing connected GenDR-Tiny is used, which comes with the pack.",
     "scale": "How many times larger the result is, fractions too. 4 is what the model is made "
     "for; with 1 the size stays and the picture is only restored.",
-    "color_fix": "Where colors come from. wavelet keeps the input's colors even in small areas. "
-    "adain and lab match them over the whole picture: try one if wavelet leaves halos. none "
-    "takes the model's own.",
+    "color_fix": "auto takes what the model is made for. Where colors come from. wavelet keeps the "
+    "input's colors even in small areas. adain and lab match them over the whole picture: try one if "
+    "wavelet leaves halos. none takes the model's own.",
     "detail": "How much the model adds. 1 is its own measure. Lower it if skin or foliage looks "
     "overdone; above 1 exaggerates; 0 adds nothing.",
-    "fidelity": "How strictly the result, made small again, must equal the input. Raise it if "
-    "small text or faces change their shape. On noisy or blurred pictures leave it at 0, or the "
-    "damage comes back.",
+    "fidelity": "How strictly the result, made small again, must equal the input. -1 looks at each "
+    "picture: clean ones are kept, noise, blur and compression are not. 1 if small text or faces "
+    "change their shape; 0 takes all from the model.",
     "mask": "Only white areas are restored, gray ones in part; the rest is enlarged in the plain "
     "way. Any size with the picture's shape.",
     "size_by": "What sets the size of the result. scale: the scale above. long side, short side: "
@@ -52,6 +54,11 @@ TOOLTIPS = {
     "megapixels": "Millions of pixels of the result. Counts where size by says megapixels.",
     "width": "Largest width of the result. Counts where size by says width and height.",
     "height": "Largest height of the result. Counts where size by says width and height.",
+    "preset": "The kind of picture, for what is left at its default. auto looks at each one. "
+    "generated keeps every pixel of drawings and rendered pictures, photo most of the grain, damaged "
+    "nothing.",
+    "positive": "A prompt, for models that read one: connect CLIP Text Encode with SD2.1's text "
+    "encoder. With nothing connected the model's own prompt is used. GenDR-Tiny reads none.",
     "tile_size": "Side of a tile in pixels of the result. 0 plans it from free memory. Choose "
     "512 or 1024 if other nodes need the memory, or to compare machines.",
     "overlap": "How far tiles reach into each other, in pixels of the result. 0 plans it. Raise "
@@ -88,8 +95,14 @@ def _required() -> dict[str, Any]:
             {"default": DEFAULT.color_fix, "tooltip": TOOLTIPS["color_fix"]},
         ),
         "detail": _number("detail", "detail", DEFAULT.detail),
-        "fidelity": _number("fidelity", "fidelity", DEFAULT.fidelity),
+        "fidelity": _fidelity(),
     }
+
+
+def _fidelity() -> tuple[str, dict[str, Any]]:
+    """The number widget of `fidelity`, with one value more, below its bounds, which is the default."""
+    kind, options = _number("fidelity", "fidelity", BY_PICTURE)
+    return kind, options | {"min": BY_PICTURE}
 
 
 def _optional() -> dict[str, Any]:
@@ -102,6 +115,8 @@ def _optional() -> dict[str, Any]:
         "megapixels": _number("megapixels", "megapixels", MEGAPIXELS),
         "width": _number("width", "long_side", FRAME[0]),
         "height": _number("height", "long_side", FRAME[1]),
+        "preset": (list(PRESETS), {"default": DEFAULT.preset, "tooltip": TOOLTIPS["preset"]}),
+        "positive": ("CONDITIONING", {"tooltip": TOOLTIPS["positive"]}),
     }
 
 
@@ -138,12 +153,19 @@ class GenDRUpscale:
         fidelity: float,
         model: host.Model | None = None,
         mask: Tensor | None = None,
+        preset: str = DEFAULT.preset,
+        positive: Any = None,
         **size: Any,
     ) -> tuple[Tensor, str]:
         """Picture b h w c, widgets -> restored picture and report."""
-        options = {"color_fix": color_fix, "detail": detail, "fidelity": fidelity}
+        options = {
+            "color_fix": color_fix,
+            "detail": detail,
+            "fidelity": fidelity,
+            "preset": preset,
+        }
         pixels, settings = _read(image, options, scale=scale, **size)
-        result, report = restore(model, pixels, mask, settings)
+        result, report = restore(model, pixels, mask, settings, positive)
         return host.output(result.movedim(1, -1)), report
 
 
@@ -204,7 +226,9 @@ class TiledGenDR:
         seamless: bool,
         model: host.Model | None = None,
         mask: Tensor | None = None,
+        positive: Any = None,
         unique_id: str | None = None,
+        preset: str = DEFAULT.preset,
         **size: Any,
     ) -> tuple[Tensor, str, Tensor | None]:
         """Picture b h w c, widgets -> restored picture, report, difference map b h w 3.
@@ -215,13 +239,14 @@ class TiledGenDR:
             "color_fix": color_fix,
             "detail": detail,
             "fidelity": fidelity,
+            "preset": preset,
             "tile": tile_size,
             "overlap": overlap,
             "tile_batch": tile_batch,
             "seamless": seamless,
         }
         pixels, settings = _read(image, options, scale=scale, **size)
-        result, report = restore(model, pixels, mask, settings)
+        result, report = restore(model, pixels, mask, settings, positive)
         departed = None
         if host.taken(unique_id, DIFFERENCE):
             departed = torch.empty(len(result), *result.shape[-2:], 1)
@@ -255,18 +280,24 @@ def _read(
         width=width,
         height=height,
     )
+    if options["fidelity"] < 0:
+        options = options | {"fidelity": AUTO}
     return pixels, Settings(**size, **options)
 
 
 def restore(
-    model: host.Model | None, pixels: Tensor, mask: Tensor | None, settings: Settings
+    model: host.Model | None,
+    pixels: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    positive: Any = None,
 ) -> tuple[Tensor, str]:
     """Pictures b c h w in [0, 1], any float type -> restored b c H W float32, and a report.
 
-    model: None = the embedded one. Raises ValueError for a mask that does not fit; the host's own
+    model: None = the embedded one. positive: a CONDITIONING, None = the model's own prompt. Raises ValueError for a mask that does not fit; the host's own
     exception when cancelled.
     """
-    mask = checked_mask(mask, pixels)
+    mask, prompt = checked_mask(mask, pixels), checked_prompt(positive)
     model = host.embedded() if model is None else model
 
     def make_room(plan: Plan) -> int | None:
@@ -277,6 +308,7 @@ def restore(
         result, report = model.gendr.restore_with_report(
             pixels,
             mask=mask,
+            prompt=prompt,
             progress=host.Progress(),
             cancelled=host.cancelled,
             device=host.run_device(model),

@@ -1,10 +1,12 @@
-"""What comes over the wires: pictures and masks as ComfyUI has them, brought into the library's form.
+"""What comes over the wires: pictures, masks and prompts as ComfyUI has them, brought into the library's form.
 
 Whatever is wrong with them is said in ComfyUI's words, the cause first: newer front ends show only
 the beginning of a message.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,29 @@ def checked_mask(mask: Tensor | None, pixels: Tensor) -> Tensor | None:
         )
     mode = "area" if size[0] > h else "bilinear"
     return F.interpolate(planes[:, None], size=(h, w), mode=mode)[:, 0]
+
+
+def checked_prompt(positive: Any) -> Tensor | None:
+    """A CONDITIONING of one text -> its embedding 1 n d float32; None = no prompt. ValueError with a remedy."""
+    if positive is None:
+        return None
+    found = isinstance(positive, list) and all(
+        isinstance(entry, (list, tuple)) and entry and isinstance(entry[0], Tensor)
+        for entry in positive
+    )
+    if not found:
+        raise ValueError(
+            f"What came as positive is no conditioning but {type(positive).__name__}: connect CLIP Text "
+            "Encode."
+        )
+    embeddings = [entry[0] for entry in positive]
+    if len(embeddings) != 1 or len(embeddings[0]) != 1:
+        raise ValueError(
+            "positive holds several conditionings side by side; GenDR takes one prompt: connect one "
+            "CLIP Text Encode, or join texts with Conditioning (Concat)."
+        )
+    _check_numbers(embeddings[0], "prompt", "encode it again")
+    return embeddings[0].to(torch.float32)
 
 
 def _planes(mask: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from gendr.networks.vae import VAE, VAEConfig
 from train.data.stream import Batch
 from train.features import DinoV2, Projector
 from train.stage1.prompts import Prompts, random_prompts
-from train.stage1.step import Denoiser, Objective, Rules
+from train.stage1.settings import Rules, Settings
+from train.stage1.step import Denoiser, Objective
 
 UNET = UNetConfig(
     latent_channels=16,
@@ -41,7 +42,12 @@ DINO = Dinov2Config(
 )
 
 
-def small(rules=None, *, silent=False, encoder=True, dtype=torch.float64):
+def rules(**changes) -> Rules:
+    """Of the default settings, with changes."""
+    return Settings(**changes).rules
+
+
+def small(chosen=None, *, silent=False, encoder=True, dtype=torch.float64):
     """(denoiser, objective) of tiny networks; silent = as new, with conv_out at zero."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -55,7 +61,7 @@ def small(rules=None, *, silent=False, encoder=True, dtype=torch.float64):
         prompts = Prompts(random_prompts(3, 6, 0))
     vae = vae.to(dtype).requires_grad_(False)
     dino = DinoV2(model.to(dtype)) if encoder else None
-    objective = Objective(vae, dino, prompts, rules or Rules())
+    objective = Objective(vae, dino, prompts, chosen or rules())
     return Denoiser(unet, projector).to(dtype), objective
 
 

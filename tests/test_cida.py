@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,22 +14,26 @@ import pytest
 import torch
 from conftest import UNET, VAE_, header, random_network
 from PIL import Image
+from stage2 import objective, rules
+from test_embeddings import save_encoder
 from two import run_two
 
 import gendr
+from gendr import schedule
 from gendr.files import checkpoint
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet, UNetConfig
 from gendr.networks.vae import VAEConfig
 from train import ablation, cida, losses, recipe
+from train.data import codecs, degradations
+from train.data.stream import Purpose
 from train.features import Projector
-from train.losses import Distillation, Weights
 from train.processes import Processes
 from train.run import Run, TrainingError
 from train.stage2 import discriminator
 from train.stage2.discriminator import Discriminator
 from train.stage2.scores import Scores
-from train.stage2.step import Generator, Iteration, Rules, Sample
+from train.stage2.step import Generator, Iteration, Sample
 
 SMALL = UNetConfig(
     latent_channels=4,
@@ -42,7 +47,7 @@ SMALL = UNetConfig(
 STEP = StepConfig(unet=SMALL, vae=VAEConfig(latent_channels=4))
 
 
-def make_iteration(rules=None, *, seed=0, recompute=False, awake=True):
+def make_iteration(chosen=None, *, seed=0, recompute=False, awake=True):
     """An iteration on tiny networks in float64, every layer of them awake."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -50,8 +55,8 @@ def make_iteration(rules=None, *, seed=0, recompute=False, awake=True):
         base = copy.deepcopy(unet)
         prompt, null = torch.randn(2, 1, 3, 6, dtype=torch.float64)
         projector = Projector(8, 5, hidden=7).double()
-        scores = Scores(base, rank=2, alpha=4, recompute=recompute)
-        heads = Discriminator(SMALL, width=8, groups=2).double()
+        scores = Scores(base, lora_rank=2, lora_alpha=4, prediction="epsilon", recompute=recompute)
+        heads = Discriminator(SMALL, at=("mid",), width=8, groups=2).double()
         if awake:
             for name in ("real", "fake"):
                 for p in scores.parameters_of(name):
@@ -59,7 +64,7 @@ def make_iteration(rules=None, *, seed=0, recompute=False, awake=True):
             torch.nn.init.normal_(heads.heads["mid"][-1].weight)
     generator = Generator(unet, STEP, prompt, projector)
     return Iteration(
-        generator, scores, heads, prompt, null, rules or Rules(), Processes("cpu"), seed=seed
+        generator, scores, heads, prompt, null, chosen or rules(), Processes("cpu"), seed=seed
     )
 
 
@@ -126,30 +131,38 @@ def test_recomputed_blocks_give_the_same_step():
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_the_generator_step_is_the_gradient_of_eq_11(step):
-    weights = Weights(lambda1=2.0, lambda1_late=0.7, late=1, lambda2=0.3, lambda3=0.2)
-    it, (s,) = make_iteration(Rules(weights=weights, kappa_real=3.0, kappa_fake=1.5)), samples()
+    chosen = rules(
+        lambda1=2.0,
+        lambda1_late=0.7,
+        late=1,
+        lambda2=0.3,
+        lambda3=0.2,
+        kappa_real=3.0,
+        kappa_fake=1.5,
+    )
+    it, (s,) = make_iteration(chosen), samples()
     it.generator_step([s], step)
     found = gradients(it)["generator"]
     # The same objective, through everything at once.
     it.generator.zero_grad()
     z_g, tokens = it.generator(s.z_l)
-    noise = it.draw(s, 4)
-    a, b = losses.levels(noise.t, z_g)
+    noise = it.draw(s, Purpose.PULL)
+    a, b = schedule.levels(noise.t, z_g)
     z_t = a * z_g + b * noise.eps
     f_real, f_fake = (
         it.scores.guided(z_t, noise.t, it.prompt, name, null=it.null, kappa=kappa)
         for name, kappa in (("real", 3.0), ("fake", 1.5))
     )
     logits = it.heads(discriminator.features(it.scores, z_t, noise.t, it.prompt))
-    objective = losses.objective(
-        weights,
+    total = objective(
+        chosen.weights,
         step,
-        cid=losses.distillation(f_real, f_fake, z_g, s.z_h, Distillation()),
+        cid=losses.distillation(f_real, f_fake, z_g, s.z_h, chosen.distillation),
         adv=losses.adversarial(logits),
         repa=losses.alignment(tokens, s.features),
         mse=losses.consistency(z_g, s.z_h),
     )
-    objective.backward()
+    total.backward()
     assert largest_difference({"g": found}, {"g": gradients(it)["generator"]}) < 1e-9
 
 
@@ -163,7 +176,7 @@ def test_heads_see_both_latents_under_the_same_noise():
     assert other["logit_real"] != other["logit_fake"] == values["logit_fake"]
     # Without noise on request: then the noise's seed does not matter.
     for clean, alike in ((True, True), (False, False)):
-        a, b = (make_iteration(Rules(clean_judge=clean), seed=n).score_step([s]) for n in (0, 1))
+        a, b = (make_iteration(rules(clean_judge=clean), seed=n).score_step([s]) for n in (0, 1))
         assert (a["logit_real"] == b["logit_real"]) == alike
 
 
@@ -193,7 +206,7 @@ def test_21_every_phase_changes_only_its_own():
 
 def test_adapters_follow_their_own_latents():
     """Each score step makes its adapter better on its own latents, at the noise that it saw."""
-    it, batch = make_iteration(Rules(drop=0.0)), samples()
+    it, batch = make_iteration(rules(drop=0.0)), samples()
     first = it.score_step(batch)
     for name in ("fake", "real"):
         torch.optim.SGD(it.trained()[name], 0.05).step()
@@ -213,7 +226,7 @@ def test_dropped_prompts_train_the_empty_branch():
     """With every prompt dropped the prompt itself must not matter to the score losses."""
     values = []
     for factor in (1, 5):
-        it = make_iteration(Rules(drop=1.0, weights=Weights(lambda2=0.0)))
+        it = make_iteration(rules(drop=1.0, lambda2=0.0))
         it.prompt = it.prompt * factor
         values.append(it.score_step(samples()))
     assert values[0]["score_real"] == values[1]["score_real"]
@@ -222,17 +235,18 @@ def test_dropped_prompts_train_the_empty_branch():
 @pytest.mark.parametrize("preset", sorted(recipe.presets()))
 def test_presets_reach_what_they_name(preset):
     settings = recipe.build(cida.Settings, {"encoder": "any"}, recipe.presets()[preset])
-    it = make_iteration(cida.iteration.rules(settings))
+    it = make_iteration(settings.rules)
     values, found = both_phases(it, samples())
-    assert ("real" in found) == (preset in ("cid", "cida", "paper_literal"))
+    cida_like = preset == "paper_literal" or preset.startswith("cida")
+    assert ("real" in found) == (cida_like or preset == "cid")
     assert ("fake" in found) == (preset != "regression")
-    assert ("heads" in found) == (preset in ("cida", "paper_literal"))
+    assert ("heads" in found) == cida_like
     assert ("cid" in values) == (preset != "regression")
     assert any(float(g.abs().max()) > 0 for g in found["generator"])
 
 
 def test_27_overfits_one_pair():
-    it = make_iteration(Rules(weights=Weights(lambda1=0, lambda1_late=0, lambda2=0, lambda_mse=1)))
+    it = make_iteration(rules(lambda1=0, lambda1_late=0, lambda2=0, lambda_mse=1))
     batch = [samples(1, 1)[0]]
     optimizer = torch.optim.Adam(it.generator.parameters(), lr=5e-3)
     distances = []
@@ -269,7 +283,7 @@ def base(tmp_path_factory):
 def words(base, data, out, **more):
     options = {
         "base": base, "data": data, "out": out, "steps": 3, "batch": 2, "micro_batch": 1, "crop": 32,
-        "workers": 0, "warmup": 1, "rank": 2, "alpha": 4, "head_width": 8, "lambda3": 0,
+        "workers": 0, "warmup": 1, "lora_rank": 2, "lora_alpha": 4, "head_width": 8, "lambda3": 0,
         "precision": "fp32", "lr": 1e-3, "lr_scores": 1e-3, "lr_heads": 1e-3, "log_every": 1,
         "save_every": 1, "validate_every": 2, "device": "cpu", **more,
     }  # fmt: skip
@@ -316,7 +330,7 @@ def test_the_exported_file_goes_straight_into_the_loader(base, pairs, tmp_path):
     assert (tmp_path / "run" / "sheet.png").exists()
     # The averaged weights are exported, and they are neither the first nor the last ones.
     trained = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    last = trained["generator"]["unet.conv_in.weight"]
+    last = trained["generator"]["network.unet.conv_in.weight"]
     kept = checkpoint.read(tmp_path / "run" / "model.safetensors")[1]["unet.conv_in.weight"].float()
     first = checkpoint.read(base)[1]["unet.conv_in.weight"]
     assert float((kept - last).abs().max()) > 1e-4
@@ -425,6 +439,17 @@ raise SystemExit(t.cida.main(sys.argv[2:]))
 """
 
 
+def compare_states(one, two):
+    """Adam divides rounding by itself where a gradient is nearly zero: weights are compared as a whole."""
+    assert set(one) == set(two)
+    for part in ("generator", "real", "fake", "heads"):
+        a, b = (
+            torch.cat([v.flatten().double() for k, v in s.items() if k.startswith(f"{part}.")])
+            for s in (one, two)
+        )
+        assert float((a - b).norm() / a.norm()) < 1e-4
+
+
 @pytest.mark.threads
 def test_29_two_processes_equal_one(base, pairs, tmp_path):
     more = {"steps": 2, "batch": 4, "validate_every": 9}
@@ -434,16 +459,15 @@ def test_29_two_processes_equal_one(base, pairs, tmp_path):
     # Gradients of both phases, in float64.
     _, whole = both_phases(make_iteration(), samples())
     assert largest_difference(torch.load(tmp_path / "gradients.pt"), whole) < 1e-10
-    # And the script: one folder, and a run that went the same way. Adam divides rounding by itself
-    # where a gradient is nearly zero, so weights are compared as a whole.
+    # And the script: one folder, and a run that went the same way.
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
-    assert set(one) == set(two)
-    for part in ("generator", "real", "fake", "heads"):
-        a, b = (
-            torch.cat([v.flatten().double() for k, v in s.items() if k.startswith(f"{part}.")])
-            for s in (one, two)
-        )
-        assert float((a - b).norm() / a.norm()) < 1e-4
+    compare_states(one, two)
+    # One process goes on where two have stopped.
+    shutil.copytree(tmp_path / "two", tmp_path / "on")
+    previous = tmp_path / "on" / "state-previous.pt"
+    assert torch.load(previous, weights_only=True)["step"] == 1
+    assert cida.main([*words(base, pairs, tmp_path / "on", **more), "--state", str(previous)]) == 0
+    compare_states(one, state(tmp_path / "on"))
     log = [json.loads(x) for x in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     other = [json.loads(x) for x in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
     values, expected = ([line for line in lines if "cid" in line] for lines in (log, other))
@@ -483,3 +507,177 @@ def test_the_ablation_is_one_command(base, pairs, tmp_path, capsys):
     assert (tmp_path / "out" / "ablation.md").read_text() == first
     with pytest.raises(SystemExit):
         ablation.main([*options, "--presets", "nothing"])
+
+
+# ---- what a run keeps, and what it refuses ----
+
+
+def test_numbered_models_and_sheets_stay(base, pairs, tmp_path):
+    run = tmp_path / "run"
+    assert cida.main(words(base, pairs, run, export_every=2)) == 0
+    assert sorted(p.name for p in (run / "models").iterdir()) == [
+        "model-00000002.safetensors", "model-00000003.safetensors",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (run / "sheets").iterdir()) == [
+        "sheet-00000002.png", "sheet-00000003.png",
+    ]  # fmt: skip
+    old = gendr.load(run / "models" / "model-00000002.safetensors", device="cpu", dtype="fp32")
+    assert old.header.training_step == 2
+    assert (run / "models" / "model-00000003.safetensors").read_bytes() == (
+        run / "model.safetensors"
+    ).read_bytes()
+    assert torch.load(run / "state-previous.pt", weights_only=True)["step"] == 2
+    # Adapters can be read by whoever can read the rest.
+    modes = {p.stat().st_mode & 0o777 for p in run.rglob("*") if p.is_file()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
+def test_the_first_step_is_taken(base, pairs, tmp_path):
+    run = tmp_path / "run"
+    assert cida.main(words(base, pairs, run, steps=1, warmup=10, ema=0)) == 0
+    log = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+    assert log[0]["lr"] == pytest.approx(1e-4)
+    assert log[0]["lora"] > 0
+    trained = torch.load(run / "state.pt", weights_only=True)["generator"]
+    start = checkpoint.read(base)[1]["unet.conv_in.weight"]
+    assert not torch.equal(trained["network.unet.conv_in.weight"], start)
+
+
+def test_a_run_goes_on_from_the_state_before_with_another_rate(base, pairs, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cida.main(words(base, pairs, run)) == 0
+    changed = words(base, pairs, run, lr=1e-4, state=run / "state-previous.pt")
+    assert cida.main(changed) == 1
+    assert "--accept lr" in capsys.readouterr().err
+    assert cida.main([*changed, "--accept", "lr"]) == 0
+    log = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+    steps = [(line["step"], line["lr"]) for line in log if "lr" in line]
+    assert steps[-1] == (3, 1e-4)
+    assert [step for step, _ in steps] == [1, 2, 3, 3]
+
+
+def test_large_batches_are_encoded_in_parts(base, pairs, tmp_path, monkeypatch):
+    """Maps of more than 2^31 elements break kernels: no call sees more pixels than allowed."""
+    seen, plain = [], gendr.networks.vae.VAE.encode
+
+    def encode(vae, x):
+        seen.append(x.shape[0] * x.shape[-2] * x.shape[-1])
+        return plain(vae, x)
+
+    monkeypatch.setattr(gendr.networks.vae.VAE, "encode", encode)
+    monkeypatch.setattr("train.pixels.AT_A_TIME", 2 * 32 * 32)
+    assert cida.main(words(base, pairs, tmp_path / "parts", steps=1, batch=4, micro_batch=4)) == 0
+    assert max(seen) == 2 * 32 * 32
+    monkeypatch.setattr("train.pixels.AT_A_TIME", 2**20)
+    assert cida.main(words(base, pairs, tmp_path / "whole", steps=1, batch=4, micro_batch=4)) == 0
+    a, b = (
+        json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0])
+        for n in ("parts", "whole")
+    )
+    for name in ("mse", "score_fake", "score_real"):
+        assert a[name] == pytest.approx(b[name], rel=1e-5)
+
+
+def test_captions_are_what_the_scores_are_told(base, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(2):
+        Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"picture number {n}")
+    encoder = save_encoder(tmp_path / "sd", width=12, length=5)
+    said = []
+
+    def encode(text, captions):
+        said.extend(captions)
+        return real(text, captions)
+
+    real = cida.encode_all
+    monkeypatch.setattr(cida, "encode_all", encode)
+    more = {"steps": 1, "mix": "tiny", "codecs": "present", "prompts": "captions"}
+    with pytest.raises(SystemExit):  # no text encoder named
+        cida.main(words(base, folder, tmp_path / "run", **more))
+    other = save_encoder(tmp_path / "other", width=12)
+    assert cida.main(words(base, folder, tmp_path / "run", **more, text_encoder=other)) == 1
+    assert "makes 77 tokens of width 12" in capsys.readouterr().err
+    assert cida.main(words(base, folder, tmp_path / "run", **more, text_encoder=encoder)) == 0
+    assert set(said) == {"picture number 0", "picture number 1"}
+
+
+def test_a_told_sample_changes_the_scores_and_not_the_generator():
+    it, (s,) = make_iteration(rules(drop=0.0)), samples()
+    plain, _ = both_phases(it, [s])
+    context = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1)).double()
+    told, _ = both_phases(make_iteration(rules(drop=0.0)), [s._replace(context=context)])
+    assert told["score_real"] != plain["score_real"]
+    assert told["cid"] != plain["cid"]
+    assert told["mse"] == plain["mse"]
+    # The run's own prompt, given with every sample, is no change.
+    own, _ = both_phases(
+        make_iteration(rules(drop=0.0)), [s._replace(context=it.prompt.expand(4, -1, -1))]
+    )
+    assert own == plain
+
+
+def test_a_plan_without_a_base_counts_what_the_recipe_trains(capsys, tmp_path):
+    assert cida.main(["--recipe", "tiny", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "no --base yet: counted as GenDR-Tiny's networks" in text
+    assert "865,979,856" not in text
+
+
+def test_missing_codecs_are_refused_or_recorded(base, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(folder / "0.png")
+    names = ("jpeg", "webp", "avif", *codecs.VIDEO_ENCODERS)
+    for module in (codecs, degradations):
+        monkeypatch.setattr(module, "available", lambda: {n: n in names[:2] for n in names})
+    run, more = tmp_path / "run", {"steps": 1, "mix": "paper"}
+    assert cida.main(words(base, folder, run, **more)) == 1
+    assert (
+        "avif, h264, h265, mpeg2, mpeg4, which don't work here: install PyAV"
+        in capsys.readouterr().err
+    )
+    assert cida.main(words(base, folder, run, **more, codecs="present")) == 0
+    shares = json.loads((run / "config.json").read_text())["codec_shares"]
+    assert set(shares["apisr_last"]) == {"jpeg", "webp"}
+    # On a machine with other codecs it would not be the same run.
+    for module in (codecs, degradations):
+        monkeypatch.setattr(module, "available", lambda: dict.fromkeys(names, True))
+    assert cida.main(words(base, folder, run, **more, codecs="present")) == 1
+    assert "another codec_shares" in capsys.readouterr().err
+
+
+def test_vsd_has_the_direction_and_the_size_of_osediffs_loss():
+    """Their pseudo-loss: mse_loss(z_g, z_g - w (f_fake - f_real)), w = 1 / mean|z_g - f_real|."""
+    settings = recipe.build(cida.Settings, recipe.presets()["vsd"])
+    g = torch.Generator().manual_seed(0)
+    z_g, z_h, f_real, f_fake = torch.randn(4, 2, 4, 8, 8, generator=g, dtype=torch.float64)
+    w = 1 / (z_g - f_real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    leaf = z_g.clone().requires_grad_()
+    torch.nn.functional.mse_loss(leaf, (z_g - w * (f_fake - f_real))).backward()
+    found = losses.cotangents(f_real, f_fake, z_g, z_h, settings.rules.distillation).generated
+    assert torch.allclose(settings.lambda1 * found, leaf.grad, rtol=1e-12)
+
+
+def test_compiled_frozen_networks_change_nothing_but_rounding(base, pairs, tmp_path, monkeypatch):
+    real = torch.nn.Module.compile
+    compiled = []
+
+    def eager(module, *args, **options):
+        compiled.append(type(module).__name__)
+        return real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    for name, flag in (("plain", "--no-compile"), ("fast", "--compile")):
+        assert cida.main([*words(base, pairs, tmp_path / name, steps=1), flag]) == 0
+    assert compiled == ["Encoder"]
+    a, b = (
+        json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[0])
+        for n in ("plain", "fast")
+    )
+    for name in ("mse", "score_fake", "score_real", "distance"):
+        assert a[name] == pytest.approx(b[name], rel=1e-5)

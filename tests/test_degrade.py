@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from train import degrade
-from train.data import blur as kernels
-from train.data import codecs, noise
+from train.data import blur, codecs, degradations, noise
 from train.data.draws import Draws
+from train.degrade import main
 
 
 def picture(seed: int, side: int = 96) -> np.ndarray:
@@ -41,15 +40,15 @@ def quiet():
         yield
 
 
-@pytest.mark.parametrize("kind", degrade.KINDS)
+@pytest.mark.parametrize("kind", degradations.KINDS)
 def test_same_seed_same_picture_whatever_the_threads(kind):
     hr = picture(1)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = [degrade.degrade(hr, kind=kind, seed=s, mix="tiny") for s in range(6)]
+        one = [degradations.degrade(hr, kind=kind, seed=s, mix="tiny") for s in range(6)]
         torch.set_num_threads(2)
-        two = [degrade.degrade(hr, kind=kind, seed=s, mix="tiny") for s in range(6)]
+        two = [degradations.degrade(hr, kind=kind, seed=s, mix="tiny") for s in range(6)]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -65,14 +64,16 @@ def test_odd_sizes_and_scales():
     hr = picture(2)[:72, :36]
     for kind in ("realesrgan", "apisr", "mild", "clean"):
         for seed in range(4):
-            assert degrade.degrade(hr, kind=kind, seed=seed).shape == (18, 9, 3)
-    assert degrade.degrade(hr, kind="mild", seed=0, scale=2).shape == (36, 18, 3)
+            assert degradations.degrade(hr, kind=kind, seed=seed).shape == (18, 9, 3)
+    assert degradations.degrade(hr, kind="mild", seed=0, scale=2).shape == (36, 18, 3)
 
 
 def test_clean_is_antialiased_bicubic():
     hr = picture(3)
     expected = Image.fromarray(hr).resize((24, 24), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(degrade.degrade(hr, kind="clean", seed=0), np.asarray(expected))
+    np.testing.assert_array_equal(
+        degradations.degrade(hr, kind="clean", seed=0), np.asarray(expected)
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,13 +87,13 @@ def test_clean_is_antialiased_bicubic():
 )
 def test_wrong_input_is_named(hr, kind, words):
     with pytest.raises(ValueError, match=words):
-        degrade.degrade(hr, kind=kind, seed=0)
+        degradations.degrade(hr, kind=kind, seed=0)
 
 
 def test_kernels_sum_to_one_and_are_symmetric():
     draws = Draws(np.random.default_rng(0), [])
     for _ in range(300):
-        kernel = kernels.draw_kernel(draws, degrade.REALESRGAN.stages[0].kernels)
+        kernel = blur.draw_kernel(draws, degradations.REALESRGAN.stages[0].kernels)
         assert kernel.shape[0] == kernel.shape[1]
         assert 7 <= kernel.shape[0] <= 21
         assert kernel.shape[0] % 2 == 1
@@ -100,24 +101,24 @@ def test_kernels_sum_to_one_and_are_symmetric():
         # the filter runs in the frequency domain, where only such kernels need no turning
         np.testing.assert_allclose(kernel, kernel[::-1, ::-1], atol=1e-12)
     kinds = {line.split()[0] for line in draws.trace}
-    assert kinds == {"sinc", *(kind for kind, _ in kernels.Kernels(sigma=(1, 1)).kinds)}
+    assert kinds == {"sinc", *(kind for kind, _ in blur.Kernels(sigma=(1, 1)).kinds)}
 
 
 @pytest.mark.parametrize("sigma", [0.8, 1.5, 3.0])
 def test_gaussian_kernel_has_its_sigma(sigma):
-    kernel = kernels.gaussian_kernel(31, sigma)
+    kernel = blur.gaussian_kernel(31, sigma)
     at = np.arange(31) - 15
     assert math.sqrt((kernel.sum(0) * at**2).sum()) == pytest.approx(sigma, rel=0.01)
 
 
 def test_anisotropic_kernel_is_long_along_its_angle():
-    kernel = kernels.gaussian_kernel(21, 3.0, 0.5, angle=math.pi / 4)
+    kernel = blur.gaussian_kernel(21, 3.0, 0.5, angle=math.pi / 4)
     at = np.arange(21) - 10
     assert (kernel * at[None] * at[:, None]).sum() > 3  # x and y grow together
 
 
 def test_sinc_kernel_passes_and_stops():
-    kernel = kernels.sinc_kernel(21, math.pi / 3)
+    kernel = blur.sinc_kernel(21, math.pi / 3)
     response = np.abs(np.fft.fft2(kernel, s=(84, 84)))
     assert response[0, 5] == pytest.approx(1, abs=0.15)  # 5/84 cycles: below the cut-off of 14/84
     assert response[0, 30] < 0.1
@@ -126,7 +127,7 @@ def test_sinc_kernel_passes_and_stops():
 @pytest.mark.parametrize(("h", "w", "side"), [(40, 33, 7), (40, 33, 21), (5, 3, 21), (1, 2, 9)])
 def test_blur_equals_a_direct_convolution(h, w, side):
     x = torch.rand(3, h, w)
-    kernel = kernels.gaussian_kernel(side, 2.0, 1.0, 0.5, "plateau", 1.5)
+    kernel = blur.gaussian_kernel(side, 2.0, 1.0, 0.5, "plateau", 1.5)
     reach = side // 2
     padded = x.numpy()
     mode = "symmetric" if min(h, w) == 1 else "reflect"
@@ -134,7 +135,7 @@ def test_blur_equals_a_direct_convolution(h, w, side):
     padded = np.pad(padded, ((0, 0), (reach, reach), (0, 0)), mode=mode)
     weight = torch.from_numpy(kernel).float()[None, None]
     expected = torch.nn.functional.conv2d(torch.from_numpy(padded)[:, None], weight)[:, 0]
-    torch.testing.assert_close(kernels.blur(x, kernel), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(blur.blur(x, kernel), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 10.0, 30.0])
@@ -179,7 +180,7 @@ def test_video_codecs_follow_their_quantiser(name):
     if not codecs.available()[name]:
         pytest.skip(f"{name}: PyAV or this encoder is not installed")
     hr = picture(5, 48)[:47, :45]
-    codec = next(c for c in degrade.APISR.codecs if c.name == name)
+    codec = next(c for c in degradations.APISR.codecs if c.name == name)
     good, bad = (codecs.compress(hr, name, q) for q in codec.quality)
     assert good.shape == bad.shape == hr.shape
     assert codecs.compress(hr[:7, :8], name, codec.quality[0]).shape == (7, 8, 3)
@@ -196,10 +197,10 @@ def chi_square(counts: dict[str, int], expected: dict[str, float]) -> tuple[floa
 @pytest.mark.parametrize("everything", [False, True])
 def test_codecs_are_drawn_by_their_weights(everything, monkeypatch):
     if everything:  # as if PyAV were there: the draws do not need it
-        names = [c.name for c in degrade.APISR.codecs]
+        names = [c.name for c in degradations.APISR.codecs]
         monkeypatch.setattr(codecs, "available", lambda: dict.fromkeys(names, True))
     draws = Draws(np.random.default_rng(1))
-    for table in (degrade.APISR.codecs, degrade.APISR.stages[0].codecs):
+    for table in (degradations.APISR.codecs, degradations.APISR.stages[0].codecs):
         expected = codecs.shares(table)
         counts: dict[str, int] = {}
         for _ in range(3000):
@@ -209,8 +210,8 @@ def test_codecs_are_drawn_by_their_weights(everything, monkeypatch):
         assert set(counts) == set(expected)
         assert value < limit
     if everything:
-        assert codecs.shares(degrade.APISR.codecs) == pytest.approx(
-            {c.name: c.weight for c in degrade.APISR.codecs}
+        assert codecs.shares(degradations.APISR.codecs) == pytest.approx(
+            {c.name: c.weight for c in degradations.APISR.codecs}
         )
 
 
@@ -223,9 +224,9 @@ def test_missing_codecs_are_dropped_and_told_once(monkeypatch):
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            shares = degrade.report()["apisr_last"]
+            shares = degradations.report()["apisr_last"]
             for seed in range(3):
-                degrade.degrade(picture(6), kind="apisr", seed=seed)
+                degradations.degrade(picture(6), kind="apisr", seed=seed)
         assert len(told) == 1
         assert "h264, h265, mpeg2, mpeg4 (No module named 'av')" in str(told[0].message)
         assert sum(shares.values()) == pytest.approx(1)
@@ -236,7 +237,7 @@ def test_missing_codecs_are_dropped_and_told_once(monkeypatch):
 
 
 def test_tables_are_whole():
-    for table in (degrade.REALESRGAN, degrade.APISR):
+    for table in (degradations.REALESRGAN, degradations.APISR):
         for stage in table.stages:
             assert sum(w for _, w in stage.kernels.kinds) == pytest.approx(1)
             resize = stage.resize
@@ -246,9 +247,9 @@ def test_tables_are_whole():
             assert sum(c.weight for c in weighted) == pytest.approx(1)
             assert {c.name for c in weighted} <= set(codecs.available())
     assert sum(w for _, w in codecs.VIDEO_PRESETS) == pytest.approx(1)
-    for mix in degrade.MIXES.values():
+    for mix in degradations.MIXES.values():
         assert sum(mix.values()) == pytest.approx(1)
-        assert set(mix) < set(degrade.KINDS)
+        assert set(mix) < set(degradations.KINDS)
 
 
 def test_mixes_draw_their_kinds():
@@ -256,9 +257,9 @@ def test_mixes_draw_their_kinds():
     counts: dict[str, int] = {}
     for seed in range(400):
         trace: list[str] = []
-        degrade.degrade(hr, kind="mixed", mix="tiny", seed=seed, trace=trace)
+        degradations.degrade(hr, kind="mixed", mix="tiny", seed=seed, trace=trace)
         counts[trace[0]] = counts.get(trace[0], 0) + 1
-    value, limit = chi_square(counts, degrade.MIXES["tiny"])
+    value, limit = chi_square(counts, degradations.MIXES["tiny"])
     assert value < limit
 
 
@@ -269,7 +270,7 @@ def test_damage_is_in_a_plausible_band():
         values = []
         for seed in range(40):
             hr = picture(seed)
-            low = Image.fromarray(degrade.degrade(hr, kind=kind, seed=seed))
+            low = Image.fromarray(degradations.degrade(hr, kind=kind, seed=seed))
             values.append(psnr(low.resize((96, 96), Image.Resampling.BICUBIC), hr))
         means[kind] = float(np.mean(values))
     assert means["clean"] > means["mild"] > means["realesrgan"] > means["apisr"] - 1
@@ -283,9 +284,9 @@ def test_sheet_is_written_past_bad_files(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     command = ["sheet", "--data", str(tmp_path), "--out", str(out), "--crop", "64"]
     with pytest.warns(UserWarning, match=r"skipped cut\.png"):
-        assert degrade.main([*command, "--kind", "mild", "--count", "5"]) == 0
+        assert main([*command, "--kind", "mild", "--count", "5"]) == 0
     with Image.open(out) as image:
         assert image.size == (4 * 128, 2 * 98)
     command[2] = str(tmp_path / "absent")
-    assert degrade.main(command) == 2
+    assert main(command) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -8,22 +8,21 @@ import math
 import pytest
 import torch
 from conftest import random_network
-from stage1 import UNET, VAE_, cut, gradients, pictures, small
+from stage1 import UNET, VAE_, cut, gradients, pictures, rules, small
 
-from train import losses
+from gendr import schedule
+from train.checkpointing import recompute_blocks
 from train.data.stream import Batch
-from train.stage1 import step as denoising
 from train.stage1.networks import Foundation
 from train.stage1.previews import Preview
-from train.stage1.step import Objective, Rules, Sample
-from train.stage2.scores import recompute_blocks
+from train.stage1.step import Objective, Sample
 
 # ---- the loss ----
 
 
 def test_08_a_silent_network_has_a_loss_of_one():
     """E|eps|^2 = 1 per element; and only conv_out has a gradient before it says anything."""
-    denoiser, objective = small(Rules(lambda_repa=0.0), silent=True, encoder=False)
+    denoiser, objective = small(rules(lambda_repa=0.0), silent=True, encoder=False)
     values, _ = gradients(denoiser, objective, [pictures(8)])
     elements = 8 * 16 * 4 * 4
     assert float(values["diffusion"]) == pytest.approx(1, abs=5 * math.sqrt(2 / elements))
@@ -37,12 +36,12 @@ def test_08_a_silent_network_has_a_loss_of_one():
 def test_a_perfect_network_has_no_loss():
     """What is learnt is eps or v of the very z_t that is shown, at the very t."""
     for prediction in ("epsilon", "v_prediction"):
-        _, objective = small(Rules(prediction=prediction, lambda_repa=0.0), encoder=False)
+        _, objective = small(rules(prediction=prediction, lambda_repa=0.0), encoder=False)
         sample = objective.sample(pictures())
         seen = []
 
         def oracle(z_t, t, context, prediction=prediction, sample=sample, seen=seen):
-            a, b = losses.levels(t, z_t)
+            a, b = schedule.levels(t, z_t)
             eps = (z_t - a * sample.z) / b
             seen.append(float(eps.std()))
             return (eps if prediction == "epsilon" else a * eps - b * sample.z), None
@@ -53,7 +52,7 @@ def test_a_perfect_network_has_no_loss():
 
 
 def test_timesteps_are_all_of_the_schedule_s():
-    _, objective = small(Rules(lambda_repa=0.0), encoder=False)
+    _, objective = small(rules(lambda_repa=0.0), encoder=False)
     keys = list(range(8000))
     z = torch.zeros(len(keys), 1, 1, 1, dtype=torch.float64)
     sample = Sample(z, torch.zeros(len(keys), 1, 1).double(), None, keys)
@@ -76,7 +75,7 @@ def test_latents_are_samples_of_the_posterior():
     spread = (0.5 * logvar).exp() * VAE_.scaling_factor
     assert float((z.mean(0) - expected).abs().div(spread).max()) < 5 / math.sqrt(4000)
     assert float((z.std(0) / spread - 1).abs().max()) < 0.08
-    still = Objective(objective.vae, None, objective.prompts, Rules(posterior="mode"))
+    still = Objective(objective.vae, None, objective.prompts, rules(posterior="mode"))
     assert torch.allclose(still.encode(batch.hr, [0])[0], expected, atol=1e-12)
     assert torch.allclose(still.encode(batch.hr, [0])[0], objective.vae.encode(batch.hr))
 
@@ -90,7 +89,7 @@ def test_noise_of_the_posterior_and_of_the_step_are_unrelated():
     own = (sample.z / VAE_.scaling_factor + VAE_.shift_factor - mean) / (0.5 * logvar).exp()
 
     def listen(z_t, t, context):
-        a, b = losses.levels(t, z_t)
+        a, b = schedule.levels(t, z_t)
         seen.append((z_t - a * sample.z) / b)
         return z_t, None
 
@@ -102,7 +101,7 @@ def test_noise_of_the_posterior_and_of_the_step_are_unrelated():
 
 def test_09_alignment_pulls_towards_the_encoder():
     """The sign, the weight and the picture: L falls where the cosine rises, by lambda exactly."""
-    denoiser, objective = small(Rules(lambda_repa=0.5))
+    denoiser, objective = small(rules(lambda_repa=0.5))
     sample = objective.sample(pictures())
     assert sample.features.shape == (4, 4, 16)
     assert torch.equal(sample.features, objective.encoder(pictures().hr).float())
@@ -186,7 +185,7 @@ def test_halves_are_means_over_their_own_samples():
 
 
 def test_prompts_are_dropped_as_often_as_asked():
-    _, objective = small(Rules(drop=0.1), encoder=False)
+    _, objective = small(rules(drop=0.1), encoder=False)
     objective.encode = lambda x, keys: (None, None)
     embeds = objective.prompts.embeds
     context = objective.sample(pictures(3000, side=1)).context
@@ -228,7 +227,7 @@ def test_refinement_follows_the_stream_s_damage():
 
 def test_quality_terms_are_told_apart_once_they_are_learnt():
     """The number that previews log is above 0 on both sides for a network that knows the terms."""
-    denoiser, objective = small(Rules(), encoder=False, dtype=torch.float32)
+    denoiser, objective = small(rules(), encoder=False, dtype=torch.float32)
     batch = pictures(2, damaged=True)
     batch = batch._replace(hr=batch.hr.float(), lr=batch.lr.float())
     config = random_network(VAE_, UNET).config
@@ -239,7 +238,7 @@ def test_quality_terms_are_told_apart_once_they_are_learnt():
 
     def knows(z_t, t, context):
         """Estimates the noise as if the latent were what the prompt says."""
-        a, b = losses.levels(t, z_t)
+        a, b = schedule.levels(t, z_t)
         z = torch.stack(
             [preview.z[0 if torch.equal(c, good[0]) else 1][n] for n, c in enumerate(context)]
         )
@@ -255,7 +254,7 @@ def test_quality_terms_are_told_apart_once_they_are_learnt():
 
 
 def test_autocast_keeps_weights_and_losses_in_float32():
-    denoiser, objective = small(Rules(), dtype=torch.float32)
+    denoiser, objective = small(rules(), dtype=torch.float32)
     half = copy.deepcopy(denoiser)
     half.dtype = torch.bfloat16
     batch = pictures(2)
@@ -267,4 +266,3 @@ def test_autocast_keeps_weights_and_losses_in_float32():
     assert all(g.dtype == torch.float32 for g in found)
     assert float(values["loss"]) == pytest.approx(float(exact["loss"]), rel=0.05)
     assert float(values["loss"]) != float(exact["loss"])
-    assert denoising.FIRST == 0

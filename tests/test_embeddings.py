@@ -18,21 +18,21 @@ LENGTH, WIDTH = 77, 8
 TEXTS = ("--positive", "clean photo", "--negative", "blurred")
 
 
-def save_encoder(folder, *, pad="!"):
+def save_encoder(folder, *, pad="!", width=WIDTH, length=LENGTH):
     """A folder in diffusers' layout: one token for each letter, a text model of one layer."""
     characters = ["!", *string.ascii_lowercase, *string.digits, ",", "-"]
     words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: n for n, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=length)
     tokenizer.save_pretrained(folder / "tokenizer")
     torch.manual_seed(9)
     config = CLIPTextConfig(
         vocab_size=len(vocab),
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
         bos_token_id=len(vocab) - 2,
         eos_token_id=len(vocab) - 1,
         pad_token_id=vocab["<|endoftext|>"],

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig
 from transformers import Dinov2WithRegistersModel as Registers
 
 from gendr.networks.unet import UNet, UNetConfig
 from train import losses
+from train.checkpointing import recompute_blocks
 from train.features import CELL, Aligned, DinoV2, FeaturesError, Projector, tokens
-from train.stage2 import scores
 
 SMALL = {
     "hidden_size": 16,
@@ -172,9 +173,60 @@ def test_the_tap_survives_gradient_checkpointing_and_copies():
 
     expected = gradients(network)
     twin = copy.deepcopy(network)
-    scores.recompute_blocks(twin.unet)
+    recompute_blocks(twin.unet)
     with torch.no_grad():
         network.unet.conv_in.weight.zero_()
     for found, value in zip(gradients(twin), expected, strict=True):
         assert (found - value).abs().max() < 1e-12
         assert value.abs().max() > 0
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_files_of_torch_hub_give_the_same_features(tmp_path, registers, gated):
+    """The authors' names, made from transformers' own by the inverse of the published conversion."""
+    options = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": 28,
+        "patch_size": 14, "use_swiglu_ffn": gated,
+    }  # fmt: skip
+    torch.manual_seed(4)
+    if registers:
+        config = Dinov2WithRegistersConfig(**options, num_register_tokens=registers)
+        model = Registers(config)
+    else:
+        model = Dinov2Model(Dinov2Config(**options))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(tmp_path / "published")
+    state, theirs = load_file(tmp_path / "published" / "model.safetensors"), {}
+    for name, tensor in state.items():
+        name = name.replace("encoder.layer.", "blocks.").replace(
+            "embeddings.patch_embeddings.projection", "patch_embed.proj"
+        )
+        name = name.replace("embeddings.position_embeddings", "pos_embed").replace(
+            "embeddings.", ""
+        )
+        name = name.replace("layernorm.", "norm.").replace("attention.output.dense", "attn.proj")
+        name = name.replace("layer_scale1.lambda1", "ls1.gamma").replace(
+            "layer_scale2.lambda1", "ls2.gamma"
+        )
+        name = name.replace("weights_in", "w12").replace("weights_out", "w3")
+        if ".attention.attention.query." in name:
+            parts = [state[k] for k in (
+                name.replace("blocks.", "encoder.layer.").replace("query", part) for part in ("query", "key", "value")
+            )]  # fmt: skip
+            theirs[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+        elif ".attention.attention." not in name:
+            theirs[name] = tensor
+    assert theirs["blocks.1.attn.qkv.weight"].shape == (192, 64)
+    assert ("blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight") in theirs
+    torch.save(theirs, tmp_path / "dinov2_vitx14_pretrain.pth")
+    picture = torch.rand(1, 3, 32, 32) * 2 - 1
+    found = DinoV2.load(str(tmp_path / "dinov2_vitx14_pretrain.pth"))
+    assert torch.equal(found(picture), DinoV2(model)(picture))
+
+
+def test_another_pickle_is_no_encoder(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(FeaturesError, match=r"other\.pth is no DINOv2 of torch\.hub's"):
+        DinoV2.load(str(tmp_path / "other.pth"))

@@ -9,12 +9,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from stage2 import distillation as rule
+from stage2 import objective, weights
 
 from gendr import schedule
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet, UNetConfig
 from train import losses
-from train.losses import Distillation, Weights, distillation
+from train.data.stream import Purpose, draw
+from train.losses import distillation
 
 SMALL = UNetConfig(
     block_out_channels=(16, 32),
@@ -58,7 +61,7 @@ def toy(count, a=0.8, b=0.6, mu_g=MU_G, seed=0):
 def gradient_in_deltas(a, b, **settings):
     """Gradient of the loss at each z_g, in units of DELTA: one number, the same for every sample."""
     z_g, *tensors = toy(64, a, b)
-    config = Distillation(**PLAIN, **settings)
+    config = rule(**PLAIN, **settings)
     (grad,) = torch.autograd.grad(distillation(*tensors, config) * len(z_g), z_g)
     ratio = grad / DELTA
     assert (ratio - ratio.mean()).abs().max() < 1e-12
@@ -74,7 +77,7 @@ def test_01_levels_of_the_schedule(t, a, b):
     assert float(schedule.beta_bar(t)) == pytest.approx(b, abs=1e-5)
     roots = [0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999 for i in range(t + 1)]
     signal = math.prod(1 - x * x for x in roots)
-    found = losses.levels(torch.tensor([t]), torch.zeros(1, dtype=torch.float64))
+    found = schedule.levels(torch.tensor([t]), torch.zeros(1, dtype=torch.float64))
     assert found[0].item() == pytest.approx(signal**0.5, abs=1e-6)
     assert found[1].item() == pytest.approx((1 - signal) ** 0.5, abs=1e-6)
     assert found[0].shape == (1, 1, 1, 1)
@@ -92,7 +95,7 @@ def test_02_one_step_is_exact():
 
 def test_03_conversions_are_inverse():
     z, eps = torch.randn(2, 2, 16, 4, 4, dtype=torch.float64)
-    a, b = losses.levels(torch.tensor([20, 500]), z)
+    a, b = schedule.levels(torch.tensor([20, 500]), z)
     z_t = schedule.add_noise(z, eps, a, b)
     v = schedule.velocity(z, eps, a, b)
     assert (schedule.eps_from_v(z_t, v, a, b) - eps).abs().max() < 1e-12
@@ -108,7 +111,7 @@ def test_08_a_silent_last_layer_starts_at_loss_one():
     torch.nn.init.zeros_(unet.conv_out.bias)
     z, eps = torch.randn(2, 8, 16, 8, 8)
     t, context = torch.randint(0, 1000, (8,)), torch.randn(8, 5, 12)
-    a, b = losses.levels(t, z)
+    a, b = schedule.levels(t, z)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
 
     def step():
@@ -168,7 +171,7 @@ def test_11_projected_score_identity():
     error = per_sample.std() / math.sqrt(len(per_sample))
     assert per_sample.mean().abs() < 4 * error
     # Hence both forms of SiD have the value of |D|^2.
-    sid = distillation(f_real, f_fake, z_g, z_h, Distillation(**PLAIN, xi=0))
+    sid = distillation(f_real, f_fake, z_g, z_h, rule(**PLAIN, xi=0))
     assert sid.item() == pytest.approx(2.0108214, abs=float(4 * error))
 
 
@@ -201,7 +204,7 @@ def test_12_half_of_it_with_a_detached_fake_score():
     """<D, f_real - z_h> - xi |D|^2 at xi 0.5 with psi detached: -(1-k)^2."""
     k = gain(0.8, 0.6)
     z_g, f_real, f_fake, z, z_h = toy(200_000)
-    config = Distillation(**PLAIN, target="hr", xi=0.5, score_grad="real_only")
+    config = rule(**PLAIN, target="hr", xi=0.5, score_grad="real_only")
     (grad,) = torch.autograd.grad(distillation(f_real, f_fake, z, z_h, config), z_g)
     ratio = (grad.sum(0) / DELTA).mean().item()
     assert ratio == pytest.approx(-((1 - k) ** 2), abs=0.02)
@@ -229,7 +232,7 @@ def test_13_noise_form_of_the_difference():
     ids=["vsd", "sid", "hr_st", "default", "literal"],
 )
 def test_14_descent_of_the_toy_mean(settings, lambda_mse, low, high):
-    mu, config = MU_G.clone(), Distillation(**PLAIN, **settings)
+    mu, config = MU_G.clone(), rule(**PLAIN, **settings)
     for step in range(500):
         z_g, f_real, f_fake, z, z_h = toy(1, mu_g=mu, seed=step)
         loss = distillation(f_real, f_fake, z, z_h, config)
@@ -251,12 +254,12 @@ def test_18_omega_is_a_constant_and_scales():
     assert not w.requires_grad
     assert torch.allclose(w.flatten(), 1 / (z_h - f_real).abs().mean((1, 2, 3)))
     assert torch.allclose(losses.omega(3 * z_h, 3 * f_real), w / 3)
-    loss = distillation(f_real, f_fake, z_g, z_h, Distillation())
-    tripled = distillation(3 * f_real, 3 * f_fake, 3 * z_g, 3 * z_h, Distillation())
+    loss = distillation(f_real, f_fake, z_g, z_h, rule())
+    tripled = distillation(3 * f_real, 3 * f_fake, 3 * z_g, 3 * z_h, rule())
     assert tripled.item() == pytest.approx(3 * loss.item(), rel=1e-12)
     # With the same weight given from outside the gradient is the same: none went through it.
     found = torch.autograd.grad(loss, f_real)[0]
-    given = distillation(f_real, f_fake, z_g, z_h, Distillation(), w)
+    given = distillation(f_real, f_fake, z_g, z_h, rule(), w)
     assert torch.equal(found, torch.autograd.grad(given, f_real)[0])
 
 
@@ -273,7 +276,7 @@ def test_18_omega_measures_against_its_reference(reference):
         "sr": losses.omega(z_g, f_real),
         "none": torch.ones(3, 1, 1, 1, dtype=torch.float64),
     }[reference]
-    config = Distillation(reference=reference)
+    config = rule(reference=reference)
     found = distillation(f_real, f_fake, z_g, z_h, config)
     assert torch.equal(found, distillation(f_real, f_fake, z_g, z_h, config, w))
 
@@ -282,7 +285,7 @@ def test_18_omega_measures_against_its_reference(reference):
 def test_19_vsd_pseudo_loss(reduction, count):
     f_real, f_fake, z_g, z_h = four()
     leaves = [x.requires_grad_() for x in (z_g, f_real, f_fake)]
-    config = Distillation(target="vsd", reduction=reduction)
+    config = rule(target="vsd", reduction=reduction)
     loss = distillation(f_real, f_fake, z_g, z_h, config)
     grad, *scores = torch.autograd.grad(loss, leaves, allow_unused=True)
     expected = losses.omega(z_h, f_real) * (f_fake - f_real) / count
@@ -294,7 +297,7 @@ def test_19_vsd_pseudo_loss(reduction, count):
 def test_20_xi_one_is_the_fake_score_against_z_g():
     f_real, f_fake, z_g, z_h = four()
     w = losses.omega(z_h, f_real)
-    found = distillation(f_real, f_fake, z_g, z_h, Distillation(xi=1))
+    found = distillation(f_real, f_fake, z_g, z_h, rule(xi=1))
     expected = (w * (f_real - f_fake) * (f_fake - z_g)).mean()
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
 
@@ -313,7 +316,7 @@ def test_20_xi_one_is_the_fake_score_against_z_g():
 )
 def test_cotangents_are_the_gradients(target, score_grad):
     f_real, f_fake, z_g, z_h = four()
-    config = Distillation(target=target, score_grad=score_grad, xi=0.8)
+    config = rule(target=target, score_grad=score_grad, xi=0.8)
     found = losses.cotangents(f_real, f_fake, z_g, z_h, config)
     w, d = losses.omega(z_h, f_real) / z_g.numel(), f_real - f_fake
     second = f_real - (z_g if target == "sr" else z_h)
@@ -333,8 +336,8 @@ def test_cotangents_are_the_gradients(target, score_grad):
 
 def test_reductions_differ_by_the_number_of_elements():
     tensors = four()
-    mean = distillation(*tensors, Distillation())
-    total = distillation(*tensors, Distillation(reduction="sum"))
+    mean = distillation(*tensors, rule())
+    total = distillation(*tensors, rule(reduction="sum"))
     assert total.item() == pytest.approx(16 * mean.item(), rel=1e-12)
     _, _, z_g, z_h = tensors
     assert losses.consistency(z_g, z_h).item() == pytest.approx(
@@ -344,22 +347,22 @@ def test_reductions_differ_by_the_number_of_elements():
 
 def test_low_precision_is_left_before_differences_are_taken():
     f_real, f_fake, z_g, z_h = (x.bfloat16() for x in four())
-    loss = distillation(f_real, f_fake, z_g, z_h, Distillation())
+    loss = distillation(f_real, f_fake, z_g, z_h, rule())
     assert loss.dtype == torch.float32
-    exact = distillation(*(x.float() for x in (f_real, f_fake, z_g, z_h)), Distillation())
+    exact = distillation(*(x.float() for x in (f_real, f_fake, z_g, z_h)), rule())
     assert torch.equal(loss, exact)
 
 
 def test_settings_without_a_meaning_are_named():
     with pytest.raises(ValueError, match=r"target must be one of vsd, sr, hr, hr_st, not lr"):
-        Distillation(target="lr")
+        rule(target="lr")
     with pytest.raises(ValueError, match=r"leaves it without a gradient"):
-        Distillation(target="hr", score_grad="none")
+        rule(target="hr", score_grad="none")
 
 
 def test_score_matching_in_both_weightings():
     eps_hat, eps, z, _ = four()
-    a, b = losses.levels(torch.tensor([20, 500, 979]), z)
+    a, b = schedule.levels(torch.tensor([20, 500, 979]), z)
     z_t = schedule.add_noise(z, eps, a, b)
     assert losses.score_matching(eps_hat, eps, a, b).item() == pytest.approx(
         (eps_hat - eps).square().mean().item(), rel=1e-12
@@ -398,18 +401,18 @@ def test_24_heads_of_different_sizes_count_alike():
 
 
 def test_28_lambda1_falls_at_step_ten_thousand():
-    weights = Weights()
-    assert (weights.lambda1_at(0), weights.lambda1_at(9_999)) == (10, 10)
-    assert (weights.lambda1_at(10_000), weights.lambda1_at(50_000)) == (1, 1)
+    factors = weights()
+    assert (factors.lambda1_at(0), factors.lambda1_at(9_999)) == (10, 10)
+    assert (factors.lambda1_at(10_000), factors.lambda1_at(50_000)) == (1, 1)
     one = torch.ones((), dtype=torch.float64)
     for step, lambda1 in ((9_999, 10), (10_000, 1)):
-        total = losses.objective(weights, step, cid=one, adv=2 * one, repa=3 * one, mse=4 * one)
+        total = objective(factors, step, cid=one, adv=2 * one, repa=3 * one, mse=4 * one)
         assert total.item() == pytest.approx(lambda1 + 0.02 + 0.3 + 0.4, rel=1e-12)
-    assert losses.objective(weights, 0, cid=one).item() == 10
+    assert objective(factors, 0, cid=one).item() == 10
 
 
 def test_28_timesteps_reach_both_ends():
-    t = losses.timesteps(20_000, torch.Generator().manual_seed(0))
+    t = draw(list(range(20_000)), (1, 1, 1), seed=0, purpose=Purpose.PULL, first=20, last=979).t
     assert (t.min().item(), t.max().item()) == (20, 979)
     assert t.dtype == torch.int64
     # Uniform: no tenth of the range holds more than five standard deviations too many.

@@ -11,6 +11,7 @@ from gendr.alpha import fill_transparent
 from gendr.fidelity import reduce
 from gendr.networks.onestep import OneStep
 from gendr.networks.strips import Strips
+from gendr.settings import NAMES, PRESETS
 
 
 def picture(h: int, w: int, c: int = 3, b: int = 1, seed: int = 0) -> torch.Tensor:
@@ -292,9 +293,53 @@ def test_full_fidelity_gives_the_input_back(tiny, scale):
     x = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     y = tiny.restore(x, scale, fidelity=1.0)
     assert float((reduce(y, (24, 31)) - x).abs().max()) <= 1 / 255
-    plain = tiny.restore(x, scale)
+    plain = tiny.restore(x, scale, fidelity=0.0)
     half = tiny.restore(x, scale, fidelity=0.5)
-    assert torch.allclose(half, (plain + y) / 2, atol=1e-5)
+    middle = (reduce(plain, (24, 31)) + x) / 2
+    assert float((reduce(half, (24, 31)) - middle).abs().max()) <= 1 / 255
+
+
+def test_full_fidelity_at_the_same_size_is_the_input(tiny):
+    x = picture(24, 31)
+    assert torch.allclose(tiny.restore(x, 1.0, fidelity=1.0), x, atol=1e-6)
+
+
+def test_by_default_the_report_says_what_was_found_of_each_picture(tiny):
+    x = torch.cat([torch.full((1, 3, 64, 64), 0.5), picture(64, 64)])
+    _, report = tiny.restore_with_report(x, 2.0)
+    assert "input 1: clean; fidelity " in str(report)
+    assert "input 2: noise of about " in str(report)
+    assert [set(one) for one in report.as_dict()["found"]] == [
+        {"noise", "quantisation", "compression", "blur", "fidelity"}
+    ] * 2
+    _, told = tiny.restore_with_report(x, 2.0, fidelity=0.5)
+    assert told.found == []
+
+
+def test_a_picture_is_measured_alone_whatever_is_in_the_batch(tiny):
+    noisy, clean = picture(40, 40), torch.full((1, 3, 40, 40), 0.5)
+    both = tiny.restore(torch.cat([noisy, clean]), 2.0)
+    assert torch.equal(both[:1], tiny.restore(noisy, 2.0))
+    assert torch.equal(both[1:], tiny.restore(clean, 2.0))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("options", [{}, {"seamless": True}])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_a_flat_picture_comes_out_as_it_is(tiny, channels, options, scale):
+    x = torch.ones(1, channels, 33, 40)
+    assert torch.allclose(tiny.restore(x, scale, **options), torch.ones(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_in_what_is_left_at_its_default(preset):
+    plain = Settings()
+    for name, value in PRESETS[preset].items():
+        assert getattr(Settings(preset=preset), name) == value
+        other = 0.4 if isinstance(value, float) else value
+        assert getattr(Settings(preset=preset, **{name: other}), name) == other
+    untouched = set(NAMES) - set(PRESETS[preset]) - {"preset"}
+    assert all(getattr(Settings(preset=preset), n) == getattr(plain, n) for n in untouched)
 
 
 @pytest.mark.parametrize("fix", ["none", "wavelet", "adain", "lab"])

@@ -22,7 +22,7 @@ wires = pack.nodes("wires")
 sizes = pack.nodes("size")
 # Those that the front ends of ComfyUI offer.
 LANGUAGES = ("ar", "en", "es", "fa", "fr", "he", "ja", "ko", "pt-BR", "ru", "tr", "zh", "zh-TW")
-WIDGETS = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
+WIDGETS = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": -1.0}
 TILES = {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
 
 
@@ -150,6 +150,27 @@ def test_without_a_loader_the_embedded_model_is_used(run):
     expected = host.embedded().gendr.restore(image.movedim(-1, 1), 2.0)
     assert torch.equal(run(None, image)[0], expected.movedim(1, -1))
     assert "GenDR-Tiny" in run(None, image)[1]
+
+
+# ---- fidelity and presets ----
+
+
+@pytest.mark.parametrize("run", [upscale, upscale_tiled])
+@pytest.mark.parametrize(
+    ("widgets", "meant"),
+    [
+        ({"fidelity": -1.0}, {"fidelity": "auto"}),
+        ({"fidelity": -0.05}, {"fidelity": "auto"}),
+        ({"fidelity": 0.0}, {"fidelity": 0.0}),
+        ({"fidelity": 0.3, "preset": "generated"}, {"fidelity": 0.3}),
+        ({"fidelity": -1.0, "preset": "damaged"}, {"fidelity": 0.0}),
+        ({"fidelity": -1.0, "preset": "photo"}, {"preset": "photo"}),
+    ],
+)
+def test_what_the_widgets_mean(model, run, widgets, meant):
+    image = picture()
+    expected = model.gendr.restore(image.movedim(-1, 1), 2.0, **meant)
+    assert torch.equal(run(model, image, **widgets)[0], expected.movedim(1, -1))
 
 
 # ---- sizes ----
@@ -283,7 +304,10 @@ def test_defaults_are_the_project_s(name):
         field = renamed.get(key, key)
         # A target size has no default: it counts only where the person asks for one.
         if getattr(settings, field, None) is not None:
-            assert spec[1]["default"] == getattr(settings, field), key
+            default = spec[1]["default"]
+            assert ("auto" if (key, default) == ("fidelity", -1.0) else default) == getattr(
+                settings, field
+            ), key
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -320,6 +344,45 @@ def test_the_help_page_names_every_input(name):
     assert page.startswith(f"# {TITLES[name]}\n")
     for text in (*texts[name]["inputs"].values(), *texts[name]["outputs"].values()):
         assert f"**{text['name']}**" in page
+
+
+# ---- prompts ----
+
+
+def conditioning(tokens=77, width=12):
+    """What CLIP Text Encode sends: an embedding and facts beside it."""
+    embedding = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(tokens))
+    return [[embedding, {"pooled_output": torch.zeros(1, width)}]]
+
+
+@pytest.mark.parametrize("tokens", [77, 154])
+@pytest.mark.parametrize("call", [upscale, upscale_tiled])
+def test_a_conditioning_stands_in_for_the_models_prompt(model, tokens, call):
+    image, positive = picture(), conditioning(tokens)
+    result, report, *_ = call(model, image, positive=positive)
+    expected = model.gendr.restore(
+        image.movedim(-1, 1), 2.0, color_fix="wavelet", prompt=positive[0][0]
+    )
+    assert torch.equal(result, expected.movedim(1, -1))
+    assert f"prompt: {tokens} tokens instead of the model's own" in report
+    plain = call(model, image)[0]
+    assert not torch.equal(result, plain)
+    assert torch.equal(call(model, image, positive=None)[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("positive", "words"),
+    [
+        (conditioning() * 2, "several conditionings side by side"),
+        (torch.zeros(1, 77, 12), "is no conditioning but Tensor"),
+        ({"samples": 1}, "is no conditioning but dict"),
+        (conditioning(width=768), r"Random reads \(1, n, 12\)"),
+        ([[torch.full((1, 77, 12), torch.nan), {}]], "holds 924 values that are not numbers"),
+    ],
+)
+def test_a_conditioning_that_is_none_is_said_in_comfyuis_words(model, positive, words):
+    with pytest.raises(ValueError, match=words):
+        upscale(model, picture(), positive=positive)
 
 
 # ---- the host ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -196,3 +197,61 @@ def test_another_noise_schedule_is_refused(folder, tmp_path):
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(PretrainedError, match="another noise schedule"):
         pretrained.read_unet(str(tmp_path))
+
+
+def test_latents_of_four_channels_have_the_scale_that_diffusers_assumes(folder, tmp_path):
+    """SD2.1's own vae/config.json names none."""
+    shutil.copytree(folder, tmp_path / "sd")
+    path = tmp_path / "sd" / "vae" / "config.json"
+    values = json.loads(path.read_text())
+    del values["scaling_factor"]
+    path.write_text(json.dumps(values))
+    assert pretrained.read_vae(str(tmp_path / "sd")).config.scaling_factor == 0.18215
+    assert AutoencoderKL.from_pretrained(tmp_path / "sd" / "vae").config.scaling_factor == 0.18215
+
+
+def test_weights_in_shards_are_one_network(folder, tmp_path):
+    tiny_unet().save_pretrained(tmp_path / "unet", max_shard_size="30KB")
+    names = sorted(p.name for p in (tmp_path / "unet").glob("*.safetensors"))
+    assert len(names) > 1
+    assert names[0].startswith("diffusion_pytorch_model-00001-of-")
+    expected = pretrained.read_unet(str(folder)).state
+    found = pretrained.read_unet(str(tmp_path)).state
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    (tmp_path / "unet" / names[-1]).unlink()
+    with pytest.raises(PretrainedError, match=f"lacks {names[-1]}"):
+        pretrained.read_unet(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        ["unet/diffusion_pytorch_model.fp16.safetensors"],
+        ["unet/diffusion_pytorch_model.bin"],
+        [
+            "unet/diffusion_pytorch_model.safetensors.index.json",
+            "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        ],
+        ["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"],
+    ],
+)
+def test_of_the_hub_only_the_best_form_of_the_weights_is_fetched(folder, monkeypatch, weights):
+    import fnmatch
+
+    import huggingface_hub
+
+    there = ["unet/config.json", "scheduler/scheduler_config.json", "unet/flax_model.msgpack"]
+    asked = []
+
+    def fetch(source, *, allow_patterns, **options):
+        asked.extend(
+            n for n in there + weights if any(fnmatch.fnmatch(n, p) for p in allow_patterns)
+        )
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **o: there + weights)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    pretrained.read_unet("somebody/model")
+    wanted = weights if "index" in weights[0] else weights[:1]
+    assert set(asked) == {*there[:2], *wanted}

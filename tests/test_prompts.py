@@ -8,7 +8,7 @@ from test_embeddings import LENGTH, WIDTH, save_encoder
 
 from train import embeddings
 from train.data.pictures import Degradation, Pictures
-from train.data.stream import sample_generator
+from train.data.stream import Purpose, sample_generator
 from train.embeddings import NEGATIVE, POSITIVE
 from train.stage1 import prompts
 from train.stage1.prompts import Prompts, damage_in_words, from_encoder, random_prompts, with_terms
@@ -28,17 +28,34 @@ def test_captions_go_through_the_encoder(encoder, fixed, capsys):
     said = Prompts(fixed, encoder=encoder)
     captions = ["a red house", "two dogs", "x " * 200]
     drop = torch.tensor([False, True, False])[:, None, None]
-    found = said.plain(captions, drop)
+    found = said.plain(captions, drop, [0, 1, 2])
     assert found.shape == (3, LENGTH, WIDTH)
     assert torch.allclose(found[0], embeddings.encode(encoder, "a red house")[0][0], atol=1e-6)
     assert torch.equal(found[1], fixed.embeds["null"][0])
     capsys.readouterr()
-    said.plain(captions, drop)
+    said.plain(captions, drop, [0, 1, 2])
     assert not capsys.readouterr().err, "a long caption is cut without a word about each"
 
 
+def test_a_picture_without_a_caption_is_told_quality_terms(encoder, fixed, monkeypatch):
+    said, real = [], embeddings.encode_all
+    monkeypatch.setattr(
+        embeddings, "encode_all", lambda e, texts: said.extend(texts) or real(e, texts)
+    )
+    keep = torch.zeros(3, 1, 1, dtype=torch.bool)
+    found = Prompts(fixed, encoder=encoder).plain(["a red house", "", ""], keep, [0, 1, 2])
+    assert said[0] == "a red house"
+    assert all(text.count(", ") >= prompts.TERMS - 1 for text in said[1:])
+    assert said[1] != said[2]
+    assert not torch.allclose(found[1], fixed.embeds["null"][0])
+    # By the sample alone, whatever its batch.
+    said.clear()
+    Prompts(fixed, encoder=encoder).plain([""], keep[:1], [2])
+    assert len(said) == 1
+
+
 def test_without_an_encoder_the_positive_prompt_stands_for_all(fixed):
-    found = Prompts(fixed).plain(["a", "b"], torch.tensor([False, True])[:, None, None])
+    found = Prompts(fixed).plain(["a", "b"], torch.tensor([False, True])[:, None, None], [0, 1])
     assert torch.equal(found[0], fixed.embeds["positive"][0])
     assert torch.equal(found[1], fixed.embeds["null"][0])
     roles = ["negative", "positive", "null"]
@@ -72,7 +89,7 @@ def test_refinement_says_terms_or_the_exported_prompt(encoder, fixed):
     # By the key alone, whatever else is in the batch.
     some = said.refined(["a dog"] * 3, ["low quality, blurred"] * 3, roles[30:33], keys[30:33])
     assert torch.allclose(some, found[30:33], atol=1e-6)
-    assert with_terms("", sample_generator(0, 0, 0)).count(", ") >= prompts.TERMS - 1
+    assert with_terms("", sample_generator(0, 0, Purpose.WORDS)).count(", ") >= prompts.TERMS - 1
 
 
 def test_damage_is_named_by_what_was_done():

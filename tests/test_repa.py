@@ -23,7 +23,7 @@ import gendr
 from gendr import schedule
 from gendr.files import checkpoint
 from gendr.networks.unet import UNet
-from train import recipe, repa
+from train import cida, recipe, repa
 from train.features import Projector
 from train.processes import Processes
 from train.run import Run, TrainingError
@@ -73,7 +73,7 @@ def words(latent, data, out, **more):
         "base": latent, "vae": latent, "prompts": "random", "data": data, "phases": "full",
         "sizes": 32, "steps": 3, "micro_batch": 2, "batch": 4, "lr": 1e-3, "warmup": 2,
         "lambda_repa": 0.0, "ema": 0.9, "precision": "fp32", "workers": 0, "samples": 2,
-        "validate_every": 100, "save_every": 1, "log_every": 1, **more,
+        "validate_every": 100, "save_every": 1, "log_every": 1, "codecs": "present", **more,
     }  # fmt: skip
     found = ["--out", str(out), "--device", "cpu", "--no-recompute"]
     for name, value in options.items():
@@ -157,18 +157,74 @@ def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("model.safetensors")
 
 
-def test_from_public_weights_with_captions(dino, tmp_path):
-    """As the paper's recipe goes: a folder of diffusers, its text encoder, captioned pictures."""
-    sd, data = save_encoder(tmp_path / "sd"), tmp_path / "data"
-    tiny_unet(cross_attention_dim=8).save_pretrained(sd / "unet")
-    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4}
-    levels |= {"up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (8, 8, 8, 16)}
-    tiny_vae(**levels).save_pretrained(tmp_path / "vae")
-    data.mkdir()
+LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 8, 8, 16),
+}
+
+
+def published(folder):
+    """Text encoder and UNet in diffusers' layout."""
+    save_encoder(folder)
+    tiny_unet(cross_attention_dim=8).save_pretrained(folder / "unet")
+    return folder
+
+
+def photos(folder, captioned=3):
+    """Three pictures, some with a caption."""
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for n in range(3):
-        Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(data / f"{n}.png")
-        (data / f"{n}.txt").write_text(f"picture number {n}")
+        Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(folder / f"{n}.png")
+        if n < captioned:
+            (folder / f"{n}.txt").write_text(f"picture number {n}")
+    return folder
+
+
+def test_pictures_without_captions_are_refused_or_told_terms(tmp_path, capsys):
+    sd, data = published(tmp_path / "sd"), photos(tmp_path / "data", captioned=1)
+    tiny_vae(**LEVELS).save_pretrained(tmp_path / "vae")
+    more = {"vae": tmp_path / "vae", "prompts": "captions", "steps": 1}
+    assert repa.main(words(sd, data, tmp_path / "run", **more)) == 1
+    assert "1 of 3 pictures have a caption (33 %)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    run(sd, data, tmp_path / "run", **more, captioned=0.3)
+    assert "2 of 3 pictures have no caption: they are told quality terms" in capsys.readouterr().err
+
+
+def test_four_channels_from_public_weights_to_one_step(tmp_path, pairs):
+    """Table 4's other latent: SD2.1's own autoencoder, whose config.json names no scale."""
+    sd = published(tmp_path / "sd")
+    tiny_vae(
+        **LEVELS, latent_channels=4, scaling_factor=0.18215, shift_factor=None
+    ).save_pretrained(sd / "vae")
+    path = sd / "vae" / "config.json"
+    values = json.loads(path.read_text())
+    del values["scaling_factor"]
+    path.write_text(json.dumps(values))
+    options = words(
+        sd, pairs, tmp_path / "base", channels=4, prompts="captions", steps=1, micro_batch=2
+    )
+    del options[options.index("--vae") : options.index("--vae") + 2]
+    assert repa.main(options) == 0
+    base = tmp_path / "base" / "model.safetensors"
+    assert checkpoint.read_header(base).config.vae.scaling_factor == 0.18215
+    found = [
+        "--base", base, "--data", pairs, "--out", tmp_path / "run", "--device", "cpu", "--steps", 1,
+        "--batch", 2, "--micro-batch", 2, "--crop", 32, "--lora-rank", 2, "--head-width", 8,
+        "--lambda3", 0, "--precision", "fp32", "--workers", 0,
+    ]  # fmt: skip
+    assert cida.main([str(w) for w in found]) == 0
+    model = gendr.load(tmp_path / "run" / "model.safetensors", device="cpu")
+    assert model.network.config.unet.latent_channels == 4
+    assert model.restore(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
+
+
+def test_from_public_weights_with_captions(dino, tmp_path):
+    """As the paper's recipe goes: a folder of diffusers, its text encoder, captioned pictures."""
+    sd, data = published(tmp_path / "sd"), photos(tmp_path / "data")
+    tiny_vae(**LEVELS).save_pretrained(tmp_path / "vae")
     said, plain = [], Prompts.encode
 
     def encode(prompts, texts):

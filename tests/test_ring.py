@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from stage2 import distillation, objective, weights
 from torch import Tensor, nn
 
 from gendr import schedule
@@ -51,12 +52,12 @@ def pairs(count: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def noised(z: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    t = losses.timesteps(len(z), g)
+    t = torch.randint(20, 980, (len(z),), generator=g)
     eps = torch.randn(z.shape, generator=g)
-    return schedule.add_noise(z, eps, *losses.levels(t, z)), t
+    return schedule.add_noise(z, eps, *schedule.levels(t, z)), t
 
 
-def train(rule: Distillation | None, weights: Weights, steps: int) -> tuple[float, float]:
+def train(rule: Distillation | None, factors: Weights, steps: int) -> tuple[float, float]:
     """(squared error, mean distance to the nearest mode) of the generator that comes out."""
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(1)
@@ -89,7 +90,7 @@ def train(rule: Distillation | None, weights: Weights, steps: int) -> tuple[floa
             z_t, t = noised(z_g, g)
             cid = losses.distillation(real(z_t, t), fake(z_t, t), z_g, z_h, rule)
         optimizer.zero_grad()
-        losses.objective(weights, step, cid=cid, mse=mse).backward()
+        objective(factors, step, cid=cid, mse=mse).backward()
         nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
         for one, rate in ((optimizer, 1e-3), (scores, 2e-3)):
             one.param_groups[0]["lr"] = rate * (1 - step / steps)
@@ -103,11 +104,11 @@ def train(rule: Distillation | None, weights: Weights, steps: int) -> tuple[floa
 
 @pytest.mark.slow
 def test_27_distillation_sharpens_what_regression_blurs():
-    error, distance = train(None, Weights(lambda_mse=1.0), 3000)
+    error, distance = train(None, weights(lambda_mse=1.0), 3000)
     # The exact posterior mean has 0.412 and 0.304.
     assert error == pytest.approx(0.41, abs=0.03)
     assert distance == pytest.approx(0.31, abs=0.03)
-    sharp_error, sharp_distance = train(Distillation(), Weights(), 5000)
+    sharp_error, sharp_distance = train(distillation(), weights(), 5000)
     assert sharp_error < 0.50
     assert sharp_distance < 0.30
     assert sharp_distance < distance - 0.02

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from train.data.pictures import DataError, Degradation
-from train.data.stream import Stream, draw, sample_generator
+from train.data.stream import Purpose, Stream, draw, sample_generator
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +74,23 @@ def test_pictures_alone_have_no_damaged_copy(photos):
 
 
 def test_noise_depends_on_key_and_purpose_alone():
-    together = draw([7, 8, 9], (2, 4, 4), seed=1, purpose=1, drop=0.5)
-    alone = draw([8], (2, 4, 4), seed=1, purpose=1, drop=0.5)
+    together = draw([7, 8, 9], (2, 4, 4), seed=1, purpose=Purpose.FAKE, drop=0.5)
+    alone = draw([8], (2, 4, 4), seed=1, purpose=Purpose.FAKE, drop=0.5)
     for x, y in zip(together, alone, strict=True):
         assert torch.equal(x[1:2], y)
-    other = draw([8], (2, 4, 4), seed=1, purpose=2)
+    other = draw([8], (2, 4, 4), seed=1, purpose=Purpose.REAL)
     assert not torch.equal(other.eps, alone.eps)
     assert together.drop.shape == (3, 1, 1)
-    first = [float(torch.rand(1, generator=sample_generator(0, k, 0))) for k in range(2000)]
+    first = [
+        float(torch.rand(1, generator=sample_generator(0, k, Purpose.CROP))) for k in range(2000)
+    ]
     assert np.mean(first) == pytest.approx(0.5, abs=0.03)
     assert np.corrcoef(first[:-1], first[1:])[0, 1] == pytest.approx(0, abs=0.08)
 
 
 def test_dropped_prompts_are_as_many_as_asked():
-    found = draw(list(range(2000)), (1, 1, 1), seed=0, purpose=1, drop=0.1)
+    keys = list(range(2000))
+    found = draw(keys, (1, 1, 1), seed=0, purpose=Purpose.FAKE, first=20, last=979, drop=0.1)
     assert found.drop.float().mean().item() == pytest.approx(0.1, abs=0.03)
     assert int(found.t.min()) >= 20
     assert int(found.t.max()) <= 979

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from train import cida, evaluate, recipe
-from train.run import TrainingError, write_text
+from train.atomic import write_text
+from train.run import TrainingError
 
 METRICS = ("psnr", "ssim", "sharp", "lr_psnr", "niqe")
 LABELS = {
@@ -31,6 +32,8 @@ LABELS = {
     "sid": "SiD",
     "cid": "CiD",
     "cida": "CiDA",
+    "cida_mse_1": "CiDA, lambda1 10, mse 1",
+    "cida_mse_01": "CiDA, lambda1 10, mse .1",
     "paper_literal": "Eqs. 8-11 as printed",
 }
 

@@ -8,8 +8,8 @@ The base is a GenDR checkpoint (stage 1's model.safetensors), with 16 or 4 laten
 are damaged on the fly; a folder of ready pairs (train.pairs) is taken as it is. --preset chooses
 the form of the distillation (the paper's Table 4), every other option is a setting of a recipe as well.
 Run the same command again to resume. The run folder holds model.safetensors (averaged weights, for
-`gendr upscale` and Load GenDR), adapters/ (both scores, as peft's folders), log.jsonl, tensorboard/,
-sheet.png and the state.
+`gendr upscale` and Load GenDR), models/ (numbered copies of it), adapters/ (both scores, as peft's
+folders), log.jsonl, tensorboard/, sheet.png, sheets/, the state and the one before it.
 
 The default departs from the paper's Eq. 8: printed, it pushes z_g away from the data (train/README.md
 says why). --preset paper_literal is the equation as printed, with a stop when the run drifts off.
@@ -17,16 +17,16 @@ says why). --preset paper_literal is the equation as printed, with a stop when t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import nn
 
 from gendr.devices import Precision
@@ -34,103 +34,31 @@ from gendr.files import checkpoint
 from gendr.model import GenDR
 from gendr.networks.onestep import Unfolded
 from gendr.restoration import NotFinite
-from train import losses, recipe
-from train.data.pictures import DataError, Degradation
-from train.data.stream import Batch, Stream
+from train import recipe
+from train.data.index import DataError, cache_folder
+from train.data.pictures import Degradation
+from train.data.stream import Batch, Stream, codec_shares, look_once
+from train.embeddings import EmbeddingsError, encode_all
+from train.evaluation.niqe import Niqe
 from train.evaluation.testset import InputError
 from train.features import FeaturesError
-from train.pixels import enlarge
-from train.plan import plan
+from train.pixels import enlarge, in_parts
 from train.processes import Processes
-from train.recipe import SettingsError, setting
-from train.run import Average, Run, TrainingError
-from train.stage2 import step as iteration
+from train.recipe import SettingsError
+from train.run import Average, Meter, Run, TrainingError, numbered, rate
 from train.stage2.networks import Networks
+from train.stage2.plan import plan
+from train.stage2.settings import FREE, Settings
 from train.stage2.step import Iteration, Sample
 from train.stage2.validation import Validation
 
-# May differ when a run is resumed: they change where things lie and what is shown, not the result.
-FREE = ("data", "base", "generator", "projector", "workers", "log_every", "save_every")
-FREE += ("validate_every", "validate", "originals", "micro_batch", "ema_on_cpu")
 # Pictures to validate on where no folder is given.
 HELD_OUT = 8
 # What ends a run with a sentence instead of a traceback.
 ERRORS = (
-    TrainingError, DataError, SettingsError, InputError, FeaturesError,
+    TrainingError, DataError, SettingsError, InputError, FeaturesError, EmbeddingsError,
     checkpoint.CheckpointError, FileNotFoundError, ValueError,
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of a stage 2 run; the defaults are the paper's where it gives them."""
-
-    base: str = setting("", "GenDR checkpoint of the base: what stage 1 exports")
-    generator: str = setting("", "checkpoint that the generator begins from; empty = the base")
-    projector: str = setting("", "stage 1's projector.safetensors; empty = a new one")
-    data: tuple[str, ...] = setting((), "folders or tars of pictures, or one folder of ready pairs")
-    crop: int = setting(512, "pixels of the clean crop")
-    scale: int = setting(4, "how many times smaller the damaged copy is")
-    mix: str = setting("paper", "mixture of degradations, see train.degrade")
-    workers: int = setting(8, "processes that read and damage pictures")
-    steps: int = setting(50_000, "generator steps")
-    batch: int = setting(1024, "pictures per step, over all processes and micro-batches")
-    micro_batch: int = setting(16, "pictures at a time in one process")
-    seed: int = setting(0, "of data, noise and new weights")
-    lr: float = setting(1e-5, "learning rate of the generator")
-    lr_scores: float = setting(1e-5, "of both adapters")
-    lr_heads: float = setting(1e-5, "of the discriminator's heads")
-    schedule: Literal["constant_with_warmup", "cosine"] = setting(
-        "constant_with_warmup", "of the generator's learning rate"
-    )
-    warmup: int = setting(500, "steps of linear warm-up")
-    beta1: float = setting(0.9, "AdamW")
-    beta2: float = setting(0.999, "AdamW")
-    weight_decay: float = setting(1e-2, "of the generator; adapters and heads have none")
-    clip: float = setting(1.0, "largest gradient norm of each network")
-    ema: float = setting(0.999, "decay of the averaged weights; 0 = none")
-    ema_on_cpu: bool = setting(False, "keep the average in the CPU's memory")
-    rank: int = setting(64, "of the adapters")
-    alpha: float = setting(128.0, "of the adapters; their scale is alpha / rank")
-    target: losses.Target = setting("sr", "what Eq. 8 compares the real score with")
-    xi: float = setting(1.0, "share of |D|^2 that Eq. 9 takes off")
-    score_grad: losses.ScoreGrad = setting("both", "scores that the gradient passes")
-    reduction: losses.Reduction = setting("mean", "of products over a sample")
-    reference: losses.Reference = setting("hr", "what omega(t) measures the real score against")
-    kappa_real: float = setting(2.0, "guidance of the real score in the generator's loss")
-    kappa_fake: float = setting(2.0, "guidance of the fake score there")
-    lambda1: float = setting(10.0, "weight of the distillation, before step `late`")
-    lambda1_late: float = setting(1.0, "and from there on")
-    late: int = setting(10_000, "generator step at which lambda1 changes")
-    lambda2: float = setting(0.01, "weight of the adversarial term; 0 = no discriminator")
-    lambda3: float = setting(0.1, "weight of the alignment with DINOv2; 0 = none")
-    lambda_mse: float = setting(0.1, "weight of |z_g - z_h|^2, Eq. 6")
-    train_real: bool = setting(True, "let the real score follow the clean latents (CiD)")
-    weighting: losses.Weighting = setting("eps", "of the score losses; x0 = as printed in Eq. 7")
-    drop: float = setting(0.1, "share of empty prompts in the score losses")
-    score_steps: int = setting(1, "score steps per generator step, each on its own pictures")
-    first_step: int = setting(losses.FIRST_STEP, "smallest timestep drawn")
-    last_step: int = setting(losses.LAST_STEP, "largest timestep drawn")
-    heads: tuple[str, ...] = setting(("mid",), "where the discriminator looks: down0 ... mid")
-    head_width: int = setting(256, "channels inside a head")
-    clean_judge: bool = setting(False, "show the discriminator latents without noise")
-    encoder: str = setting("dinov2-b", "DINOv2 for the alignment: a name, hub id or folder")
-    precision: Literal["bf16", "fp32"] = setting("bf16", "autocast; weights in training stay fp32")
-    recompute: bool = setting(True, "gradient checkpointing: less memory, a third more time")
-    drift: float = setting(5.0, "stop when mean|z_g - z_h| is this many times what it was")
-    validate: str = setting("", "folder of damaged pictures to restore now and then")
-    originals: str = setting("", "folder of their originals, by name")
-    validate_every: int = setting(1000, "steps")
-    save_every: int = setting(500, "steps")
-    log_every: int = setting(10, "steps")
-    name: str = setting("GenDR", "written into the exported file")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.first_step <= self.last_step <= 999:
-            raise ValueError("first_step and last_step are timesteps: 0 <= first <= last <= 999")
-        if self.lambda3 and not self.encoder:
-            raise ValueError("lambda3 aligns with DINOv2: name an encoder, or set lambda3 to 0")
-        iteration.rules(self)
 
 
 class Training:
@@ -146,32 +74,27 @@ class Training:
             networks.heads,
             networks.prompt,
             networks.null,
-            iteration.rules(settings),
+            settings.rules,
             processes,
             seed=settings.seed,
             dtype=dtype,
         )
-        s, rates = settings, {"generator": settings.lr, "heads": settings.lr_heads}
+        s = settings
         self.parameters = self.iteration.trained()
         self.optimizers = {
             name: torch.optim.AdamW(
                 parameters,
-                lr=rates.get(name, s.lr_scores),
                 betas=(s.beta1, s.beta2),
                 weight_decay=s.weight_decay if name == "generator" else 0.0,
+                # Without it the step makes copies of all moments: 3 GiB at full size.
+                fused=processes.device.type == "cuda",
             )
             for name, parameters in self.parameters.items()
         }
-        kinds = dict.fromkeys(self.optimizers, "constant_with_warmup")
-        kinds["generator"] = s.schedule
-        self.schedules = {
-            name: get_scheduler(
-                kinds[name], optimizer, num_warmup_steps=s.warmup, num_training_steps=s.steps
-            )
-            for name, optimizer in self.optimizers.items()
-        }
         place = "cpu" if s.ema_on_cpu else None
-        self.average = Average(networks.generator, s.ema, device=place) if s.ema else None
+        self.average = None
+        if s.ema:
+            self.average = Average(networks.generator, s.ema, device=place, every=s.ema_every)
         self.start_distance = 0.0
 
     def parts(self) -> dict[str, Any]:
@@ -186,7 +109,6 @@ class Training:
             found["average"] = self.average
         for name in self.optimizers:
             found[f"optimizer_{name}"] = self.optimizers[name]
-            found[f"schedule_{name}"] = self.schedules[name]
         return found
 
     def state_dict(self) -> dict[str, float]:
@@ -201,13 +123,18 @@ class Training:
     @torch.no_grad()
     def sample(self, batch: Batch) -> Sample:
         """Pictures to latents (and features): what the iteration works on."""
-        n, device = self.networks, self.processes.device
-        hr = batch.hr.to(device)
-        x = enlarge(batch.lr.to(device), self.settings.scale)
+        n, features, context = self.networks, None, None
+        both = torch.cat([enlarge(batch.lr, self.settings.scale), batch.hr])
         with self.iteration.autocast():
-            z_l, z_h = n.vae.encode(torch.cat([x, hr])).float().chunk(2)
-            features = n.encoder(hr) if n.encoder is not None else None
-        return Sample(z_l, z_h, features, batch.keys)
+            z = torch.cat([n.vae.encode(part) for part in in_parts(both)])
+            if n.encoder is not None:
+                features = torch.cat([n.encoder(part) for part in in_parts(batch.hr)])
+        z_l, z_h = z.float().chunk(2)
+        if n.text is not None:
+            # Those without a caption are told what all are told otherwise.
+            said = torch.tensor([bool(c) for c in batch.captions], device=z.device)[:, None, None]
+            context = torch.where(said, encode_all(n.text, batch.captions), n.prompt)
+        return Sample(z_l, z_h, features, batch.keys, context)
 
     def step(self, batches: Iterator[list[Batch]], number: int) -> dict[str, float]:
         """Generator step `number` (from 0) with its score steps; what was measured."""
@@ -215,17 +142,22 @@ class Training:
         for _ in range(self.settings.score_steps):
             samples = [self.sample(b) for b in next(batches)]
             values |= self.iteration.score_step(samples)
-            values |= self.apply([n for n in self.parameters if n != "generator"])
+            values |= self.apply([n for n in self.parameters if n != "generator"], number)
         values |= self.iteration.generator_step(samples, number)
-        values |= self.apply(["generator"])
+        values |= self.apply(["generator"], number)
         self.watch(values, number)
         if self.average is not None:
             self.average.update()
-        for schedule in self.schedules.values():
-            schedule.step()
-        return values
+        return {**values, "lr": self.optimizers["generator"].param_groups[0]["lr"]}
 
-    def apply(self, names: list[str]) -> dict[str, float]:
+    def rate(self, name: str, number: int) -> float:
+        """Learning rate of a network at step `number` (from 0)."""
+        s = self.settings
+        peak = {"generator": s.lr, "heads": s.lr_heads}.get(name, s.lr_scores)
+        kind = s.schedule if name == "generator" else "constant_with_warmup"
+        return rate(peak, number, kind=kind, warmup=s.warmup, steps=s.steps)
+
+    def apply(self, names: list[str], number: int) -> dict[str, float]:
         """Clip and step; all of them or, where a gradient isn't finite, none. Gradient norms."""
         norms = {
             f"gradient_{name}": nn.utils.clip_grad_norm_(self.parameters[name], self.settings.clip)
@@ -234,6 +166,8 @@ class Training:
         values = {name: float(norm) for name, norm in norms.items()}
         finite = all(math.isfinite(v) for v in values.values())
         for name in names:
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = self.rate(name, number)
             if finite:
                 self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
@@ -248,7 +182,7 @@ class Training:
             raise TrainingError(
                 f"diverged: mean|z_g - z_h| is {values['distance']:.3g}, it was "
                 f"{self.start_distance:.3g} at the first step (limit x{self.settings.drift:g}): "
-                "raise lambda_mse, take target sr, or lower lr"
+                "raise lambda_mse (--accept lambda_mse --lambda-mse 1), take target sr, or lower lr"
             )
         matched = [values[k] for k in ("score_fake", "score_real") if k in values]
         norms = [v for k, v in values.items() if k.startswith("gradient_")]
@@ -260,55 +194,119 @@ class Training:
     def model(self) -> GenDR:
         """The restorer as it stands, in float32; holds the generator's own parameters."""
         n = self.networks
-        network = Unfolded(n.config, n.vae, n.generator.network, n.embeds())
+        network = Unfolded(n.config, n.vae, n.generator.unet, n.embeds())
         precision = Precision("fp32", torch.float32, torch.float32, "in training")
         return GenDR(network, header=n.header, precision=precision, device=self.processes.device)
 
     def export(self, step: int) -> None:
-        """model.safetensors and both adapters, with the averaged weights."""
-        if not self.run.writes:
-            return
-        model = self.model()
+        """model.safetensors and both adapters; a numbered copy of the model now and then."""
+        model, folder = self.model(), self.run.folder
         header = dataclasses.replace(
             self.networks.header, name=self.settings.name, training_step=step
         )
-        checkpoint.save(self.run.folder / "model.safetensors", model.network, header)
+        checkpoint.save(folder / "model.safetensors", model.network, header)
         if self.networks.scores is not None:
-            self.networks.scores.save(self.run.folder / "adapters")
+            self.networks.scores.save(folder / "adapters")
+        every = self.settings.export_every
+        if every and (step % every == 0 or step == self.settings.steps):
+            numbered(folder / "model.safetensors", folder / "models", step)
 
     def finish(self, step: int, validation: Validation | None) -> str:
         """Validate, save and export with the averaged weights in place; the scores in words."""
         self.run.save_parts(step, **self.parts())
+        return self.run.alone(lambda: self._finish(step, validation)) or ""
+
+    @torch.no_grad()
+    def _finish(self, step: int, validation: Validation | None) -> str:
         text = ""
-        context = self.average.swapped() if self.average is not None else _nothing()
-        with context, torch.no_grad():
-            if validation is not None and self.run.writes:
+        with self.average.swapped() if self.average is not None else contextlib.nullcontext():
+            if validation is not None:
+                sheet = self.run.folder / "sheet.png"
                 try:
-                    values = validation.scores(self.model(), self.run.folder / "sheet.png")
+                    values = validation.scores(self.model(), sheet)
                 except NotFinite as error:
                     raise TrainingError(
                         f"diverged: at step {step} the averaged generator gives NaN; lower lr"
                     ) from error
+                numbered(sheet, self.run.folder / "sheets", step)
+                self.run.show(step, sheet)
                 self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
                 text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
             self.export(step)
-        self.processes.wait()
         return text
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
+def train(
+    settings: Settings,
+    out: Path,
+    device: str = "auto",
+    *,
+    state: Path | None = None,
+    accept: Sequence[str] = (),
+) -> Path:
+    """Run or resume; the exported file. TrainingError, DataError and others say why they stop it.
 
-    def __exit__(self, *_: object) -> None: ...
-
-
-def train(settings: Settings, out: Path, device: str = "auto") -> Path:
-    """Run or resume; the exported file. TrainingError, DataError and others say why they stop it."""
+    state: to go on from, if not the last one; accept: settings that may differ from the run's own.
+    """
     processes = Processes(device)
+    if processes.deepspeed:
+        raise SettingsError(
+            "stage 2 trains four sets of weights in one step, which DeepSpeed can't: launch with "
+            "train/recipes/ddp.yaml"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(settings.seed)
+    with processes.one_first():
+        look_once(settings.data)
+    shares = codec_shares(settings.data, settings.mix, settings.codecs)
     networks = Networks.load(settings, processes.device)
     processes.same(*networks.trained())
-    stream = Stream(
+    stream = stream_of(settings, processes)
+    facts = {"base_sha256": networks.sha256, "codec_shares": shares}
+    config = {**dataclasses.asdict(settings), **facts}
+    run = Run(out, config, free=FREE, accept=accept, processes=processes)
+    run.catch_signals(settings.hours)
+    training = Training(settings, networks, processes, run)
+    first = run.load_parts(state, **training.parts())
+    validation = run.alone(lambda: held_out(settings, stream))
+    batches = stream.batches(first * settings.score_steps)
+    if settings.target == "hr" and not settings.lambda_mse:
+        run.say(
+            "target hr without lambda_mse is Eq. 8 as printed: in closed form and in toys it drives "
+            "z_g away from the data; the run stops by itself when it does"
+        )
+    if not settings.validate:
+        run.say(
+            "validating on crops of the training pictures: give --validate (and --originals) a folder "
+            "of pictures that are not trained on"
+        )
+    meter = Meter(stream)
+    step = finished = first
+    for step in run.steps(first, settings.steps, images=settings.batch):
+        started = time.perf_counter()
+        values = training.step(batches, step - 1)
+        if step % settings.log_every == 0 or step == 1:
+            seconds = time.perf_counter() - started
+            if processes.device.type == "cuda":
+                values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values |= {"lora": networks.adapter_size(), "waiting": meter.share()}
+            run.log(step, **values, images_per_second=settings.batch / seconds, skipped=run.skipped)
+        numbers = [n for n in (settings.validate_every, settings.export_every) if n]
+        if step == settings.steps or any(step % n == 0 for n in numbers):
+            run.say(f"step {step}: {training.finish(step, validation)}")
+            finished = step
+        elif run.due(step, settings.save_every, settings.save_minutes):
+            run.save_parts(step, **training.parts())
+    if step != finished:
+        run.say(f"step {step}: {training.finish(step, validation)}")
+    elif step == first:
+        training.finish(step, None)
+    return out / "model.safetensors"
+
+
+def stream_of(settings: Settings, processes: Processes) -> Stream:
+    """The pictures of a run."""
+    return Stream(
         settings.data,
         batch=settings.batch,
         micro=settings.micro_batch,
@@ -318,48 +316,19 @@ def train(settings: Settings, out: Path, device: str = "auto") -> Path:
         workers=settings.workers,
         rank=processes.index,
         world=processes.count,
+        weights=settings.weights,
+        device=processes.device,
+        cache=cache_folder(),
     )
-    config = {**dataclasses.asdict(settings), "base_sha256": networks.sha256}
-    run = Run(out, config, free=FREE, writes=processes.first)
-    run.alone = processes.count == 1
-    run.catch_signals()
-    training = Training(settings, networks, processes, run)
-    first = run.load_parts(**training.parts())
-    validation = held_out(settings, stream)
-    batches = stream.batches(first * settings.score_steps)
-    if settings.target == "hr" and not settings.lambda_mse:
-        run.say(
-            "target hr without lambda_mse is Eq. 8 as printed: in closed form and in toys it drives "
-            "z_g away from the data; the run stops by itself when it does"
-        )
-    step = first
-    for step in run.steps(first, settings.steps, images=settings.batch):
-        started = time.perf_counter()
-        values = training.step(batches, step - 1)
-        # One process may have been asked to stop: all of them do, after the same step.
-        run.stop = processes.mean({"asked": float(run.asked)})["asked"] > 0
-        if step % settings.log_every == 0 or step == 1:
-            seconds = time.perf_counter() - started
-            if processes.device.type == "cuda":
-                values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            values["lora"] = networks.adapter_size()
-            run.log(step, **values, images_per_second=settings.batch / seconds, skipped=run.skipped)
-        last = step == settings.steps or run.stop
-        if step % settings.validate_every == 0 or last:
-            run.say(f"step {step}: {training.finish(step, validation)}")
-        elif step % settings.save_every == 0:
-            run.save_parts(step, **training.parts())
-    if step == first:
-        training.finish(step, None)
-    return out / "model.safetensors"
 
 
 def held_out(settings: Settings, stream: Stream) -> Validation:
     """The pictures to validate on: a folder's, or fixed crops of the training pictures."""
+    niqe = Niqe(Path(settings.niqe)) if settings.niqe else None
     if settings.validate:
-        return Validation.from_folders(settings.validate, settings.originals or None)
+        return Validation.from_folders(settings.validate, settings.originals or None, niqe)
     batch = stream.fixed(HELD_OUT)
-    return Validation.from_batch(batch.lr, batch.hr)
+    return Validation.from_batch(batch.lr, batch.hr, niqe)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -368,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
         if chosen.dry_run:
             print(plan(chosen.settings))
             return 0
-        print(train(chosen.settings, chosen.out, chosen.device))
+        more = {"state": chosen.state, "accept": chosen.accept}
+        print(train(chosen.settings, chosen.out, chosen.device, **more))
     except ERRORS as error:
         print(f"train.cida: {error}", file=sys.stderr)
         return 1

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.atomic import replacing
+
 
 class CurvesError(ValueError):
     """Nothing to draw; the message says why."""
@@ -74,9 +76,8 @@ def draw(runs: dict[str, dict], names: Sequence[str], smooth: float, out: Path) 
     if len(runs) > 1:
         axes.flat[0].legend(fontsize=7)
     figure.tight_layout()
-    part = out.with_name(out.name + ".part")
-    figure.savefig(part, format="png", dpi=100)
-    part.replace(out)
+    with replacing(out) as part:
+        figure.savefig(part, format="png", dpi=100)
     pyplot.close(figure)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from train.atomic import replacing
 
 FORMAT = "gendr-embeddings"
 NAMES = ("positive", "negative", "null")
@@ -162,6 +163,13 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(raw.tobytes()).hexdigest()
 
 
+@torch.no_grad()
+def encode_all(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """Texts in one batch, too long ones cut without a word: b m d in float32, on the model's device."""
+    ids = torch.cat([tokenize(encoder, text, quiet=True)[0] for text in texts])
+    return encoder.model(ids.to(encoder.model.device)).last_hidden_state.float()
+
+
 def write(
     path: Path | str,
     embeds: dict[str, Tensor],
@@ -182,9 +190,8 @@ def write(
         "pad": str(PAD),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(embeds, part, metadata=metadata)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(embeds, part, metadata=metadata)
 
 
 def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,15 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gendr import schedule
-
 Target = Literal["vsd", "sr", "hr", "hr_st"]
 ScoreGrad = Literal["both", "real_only", "none"]
 Reduction = Literal["mean", "sum"]
 Reference = Literal["hr", "sr", "none"]
 Weighting = Literal["eps", "x0"]
 
-FIRST_STEP, LAST_STEP = 20, 979
 # A score that already equals its reference must not make the weight infinite.
 OMEGA_FLOOR = 1e-5
 
@@ -33,7 +30,7 @@ class Distillation:
     """Which form of the distillation term.
 
     target: what stands against f_real in the second factor. `sr`: z_g itself (SiD, the stable
-        default); `hr`: z_h, Eq. 8 to the letter, which pushes z_g away from the data unless a strong
+        form); `hr`: z_h, Eq. 8 to the letter, which pushes z_g away from the data unless a strong
         consistency term holds it; `hr_st`: the value of z_h with the gradient of z_g.
         `vsd`: the gradient f_fake - f_real at z_g, without any of this (Eq. 4).
     xi: share of |D|^2 subtracted in Eq. 9; SiD's authors use 1.0 to 1.2.
@@ -42,11 +39,11 @@ class Distillation:
     reference: what omega(t) measures the real score against; `none` = no weighting.
     """
 
-    target: Target = "sr"
-    xi: float = 1.0
-    score_grad: ScoreGrad = "both"
-    reduction: Reduction = "mean"
-    reference: Reference = "hr"
+    target: Target
+    xi: float
+    score_grad: ScoreGrad
+    reduction: Reduction
+    reference: Reference
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -73,18 +70,17 @@ class Distillation:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Factors of Eq. 11, with the consistency term of Eq. 6 as lambda_mse; the defaults are the paper's
-    but for lambda_mse, which the paper leaves out of Eq. 11.
+    """Factors of Eq. 11, with the consistency term of Eq. 6 as lambda_mse, which the paper leaves out.
 
     lambda1 falls from `lambda1` to `lambda1_late` at generator step `late` (counted from 0).
     """
 
-    lambda1: float = 10.0
-    lambda1_late: float = 1.0
-    late: int = 10_000
-    lambda2: float = 0.01
-    lambda3: float = 0.1
-    lambda_mse: float = 0.1
+    lambda1: float
+    lambda1_late: float
+    late: int
+    lambda2: float
+    lambda3: float
+    lambda_mse: float
 
     def lambda1_at(self, step: int) -> float:
         """lambda1 of a generator step, the first of which is 0."""
@@ -109,30 +105,6 @@ def inner(x: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
     """<x, y> over the elements of each sample (mean or sum), averaged over the batch: scalar."""
     product = (x * y).flatten(1)
     return (product.mean(1) if reduction == "mean" else product.sum(1)).mean()
-
-
-def timesteps(
-    count: int,
-    generator: torch.Generator,
-    *,
-    first: int = FIRST_STEP,
-    last: int = LAST_STEP,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Timesteps t ~ U{first, ..., last}, both ends included: count, on `device`.
-
-    Drawn where the generator lives, so that a run on another device sees the same ones.
-    """
-    t = torch.randint(first, last + 1, (count,), generator=generator, device=generator.device)
-    return t.to(device)
-
-
-def levels(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Signal and noise level at timesteps t (b), b 1 1 1, in `like`'s dtype but float32 at least."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    a, b = schedule.alpha_bar(t), schedule.beta_bar(t)
-    a, b = (x.to(like.device, dtype)[:, None, None, None] for x in (a, b))
-    return a, b
 
 
 @torch.no_grad()
@@ -259,24 +231,3 @@ def adversarial(fake: Sequence[Tensor]) -> Tensor:
     the logits of z_g down.
     """
     return torch.stack([F.softplus(-full(f)).mean() for f in fake]).mean()
-
-
-def objective(
-    weights: Weights,
-    step: int,
-    *,
-    cid: Tensor,
-    adv: Tensor | None = None,
-    repa: Tensor | None = None,
-    mse: Tensor | None = None,
-) -> Tensor:
-    """Eq. 11 with the consistency term: lambda1 cid + lambda2 adv + lambda3 repa + lambda_mse mse."""
-    total = weights.lambda1_at(step) * cid
-    for factor, term in (
-        (weights.lambda2, adv),
-        (weights.lambda3, repa),
-        (weights.lambda_mse, mse),
-    ):
-        if term is not None:
-            total = total + factor * term
-    return total

@@ -56,7 +56,7 @@ def activation_bytes(module: nn.Module, *inputs: Any, autocast: bool = True) -> 
     """Bytes that a backward pass through `module(*inputs)` keeps, without weights and inputs.
 
     module, inputs: on the meta device, in float32. With gradient checkpointing switched on in the
-    module (`scores.recompute_blocks`) only what lies between blocks is kept; what one block needs
+    module (`checkpointing.recompute_blocks`) only what lies between blocks is kept; what one block needs
     while it is recomputed is `block_bytes`. autocast: count as CUDA's bf16 autocast would store.
     """
     watch = _Watch(module, inputs)

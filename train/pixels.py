@@ -6,10 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Pixels that the autoencoder and DINOv2 see at a time; their maps are the largest of all.
+AT_A_TIME = 2**20
+
 
 def enlarge(lr: Tensor, scale: int) -> Tensor:
     """What `restore` hands to the network: bicubic, b 3 h w -> b 3 sh sw, in [-1, 1]."""
     return F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(-1, 1)
+
+
+def in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Pictures b 3 h w in parts that a network with maps of their own size can take: with 128
+    channels 64 pictures of 512 px have 2^31 elements, which some kernels can't count."""
+    return x.split(max(1, AT_A_TIME // (x.shape[-2] * x.shape[-1])))
 
 
 def gradients(x: Tensor) -> tuple[Tensor, Tensor]:

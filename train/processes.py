@@ -8,15 +8,22 @@ whole batch, so that several processes take the very step that one would.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
 
+T = TypeVar("T")
 # Gradients travel together in pieces of this many numbers; one by one they'd wait for each other.
 BUCKET = 32 * 2**20
+
+
+class TrainingError(RuntimeError):
+    """A run that can't go on; the message says why and what to change."""
 
 
 class Processes:
@@ -29,6 +36,13 @@ class Processes:
         self.index = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.first = self.accelerator.is_main_process
+        # Whether `accelerate launch` was given a DeepSpeed configuration.
+        self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "FSDP is not supported: nothing would be split. Launch with train/recipes/ddp.yaml, or "
+                "where a card is too small with zero2.yaml (stage 1)"
+            )
         if (started := int(os.environ.get("WORLD_SIZE", "1"))) != self.count:
             raise ValueError(
                 f"started as one of {started} processes, but here they have no way to talk to each "
@@ -38,6 +52,31 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         self.accelerator.wait_for_everyone()
+
+    def one_first(self) -> AbstractContextManager[None]:
+        """Context that one process of each machine enters before the others: it makes what they take."""
+        return self.accelerator.local_main_process_first()
+
+    def alone(self, work: Callable[[], T]) -> T | None:
+        """Do something in the first process alone; all of them call this, and wait for it.
+
+        What it raises there ends all of them, as TrainingError in the others: one that went on alone
+        would wait for the first one for ever.
+        """
+        result, error = None, None
+        if self.first:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        if self.count > 1:
+            said = [None if error is None else f"{error or type(error).__name__}"]
+            broadcast_object_list(said)
+            if error is None and said[0] is not None:
+                raise TrainingError(f"the first process stopped: {said[0]}")
+        if error is not None:
+            raise error
+        return result
 
     @torch.no_grad()
     def same(self, *modules: nn.Module) -> None:
@@ -70,6 +109,10 @@ class Processes:
         flat = self.accelerator.reduce(flat, reduction="mean")
         for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad.copy_(part.view_as(p))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        return flag if self.count == 1 else self.mean({"flag": float(flag)})["flag"] > 0
 
     @torch.no_grad()
     def mean(self, values: dict[str, Tensor | float]) -> dict[str, float]:

@@ -34,12 +34,17 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Chosen(Generic[T]):
-    """What a person asked for: settings, the run folder, and whether only the plan is wanted."""
+    """What a person asked for: settings, the run folder, and whether only the plan is wanted.
+
+    state: to go on from, if not the last one; accept: settings that may differ from the run's own.
+    """
 
     settings: T
     out: Path
     dry_run: bool
     device: str
+    state: Path | None = None
+    accept: tuple[str, ...] = ()
 
 
 def setting(default: Any, text: str) -> Any:
@@ -137,6 +142,10 @@ def parse(
     if with_presets:
         parser.add_argument("--preset", choices=sorted(presets()), help="form of the distillation")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="go on from this state of a run")
+    parser.add_argument(
+        "--accept", default="", metavar="A,B", help="settings that may differ from the run's own"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
     hints = get_type_hints(kind)
     for one in dataclasses.fields(kind):
@@ -152,7 +161,8 @@ def parse(
         settings = build(kind, *layers)
     except SettingsError as error:
         parser.error(str(error))
-    return Chosen(settings, args["out"], args["dry_run"], args["device"])
+    accept = tuple(name for name in args["accept"].split(",") if name)
+    return Chosen(settings, args["out"], args["dry_run"], args["device"], args["state"], accept)
 
 
 def add_option(parser: argparse.ArgumentParser, one: dataclasses.Field, hint: Any) -> None:

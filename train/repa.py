@@ -20,158 +20,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gendr import schedule
 from gendr.files import checkpoint
 from gendr.files.header import Header
 from gendr.networks.onestep import Unfolded
 from train import recipe
-from train.data.pictures import DataError, Degradation
-from train.data.stream import Batch, Stream
+from train.atomic import replacing
+from train.data.index import DataError, Sources, cache_folder, find
+from train.data.pictures import Degradation
+from train.data.stream import Batch, Stream, codec_shares, look_once, ready_pairs
 from train.embeddings import EmbeddingsError
 from train.features import FeaturesError
 from train.processes import Processes
-from train.recipe import SettingsError, setting
-from train.run import Average, Run, TrainingError
-from train.stage1 import pretrained
-from train.stage1 import step as denoising
-from train.stage1.engines import DeepSpeed, Plain, by_deepspeed
-from train.stage1.networks import Foundation, plan
+from train.recipe import SettingsError
+from train.run import Average, Meter, Run, TrainingError, numbered, rate
+from train.stage1.engines import DeepSpeed, Plain
+from train.stage1.networks import Foundation
+from train.stage1.plan import plan
 from train.stage1.previews import Preview
+from train.stage1.settings import FREE, Phase, Settings
+from train.stage1.step import DAMAGED
 
-# May differ when a run is resumed: they change where things lie and what is shown, not the result.
-FREE = ("data", "base", "vae", "encoder", "workers", "log_every", "save_every", "validate")
-FREE += ("validate_every", "samples", "micro_batch", "ema_on_cpu", "recompute")
-KINDS = ("adapt", "full", "refine")
 # Tiles of the exported model, pixels, where crops are smaller (measured for GenDR-Tiny).
 TILE = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Steps first+1..last of a run, all alike. refine: with quality terms."""
-
-    kind: str
-    size: int
-    first: int
-    last: int
-    micro_batch: int
-    lr: float
-
-    @property
-    def refine(self) -> bool:
-        return self.kind == "refine"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of a stage 1 run; the defaults are the paper's where it gives them."""
-
-    base: str = setting(
-        pretrained.SD21, "SD2.1: hub id, folder or file; a GenDR checkpoint; empty = from nothing"
-    )
-    revision: str = setting("", "commit or tag of the base on the hub")
-    channels: int = setting(16, "of the latent; 4 keeps SD2.1's own")
-    vae: str = setting(
-        "", f"autoencoder: id, folder, file or GenDR checkpoint; empty = {pretrained.VAE16}, or the "
-        "base's own for 4 channels"
-    )  # fmt: skip
-    prompts: str = setting(
-        "captions", "captions = each picture's, by the base's text encoder; a file made by "
-        "train.embeddings; random = fixed random vectors, for a network from nothing"
-    )  # fmt: skip
-    data: tuple[str, ...] = setting((), "folders or tars of pictures, or one folder of ready pairs")
-    phases: tuple[str, ...] = setting(("full", "full", "refine"), "in order: adapt, full, refine")
-    sizes: tuple[int, ...] = setting((512, 1024, 512), "pixels of the crop in each phase")
-    steps: tuple[int, ...] = setting((70_000, 30_000, 10_000), "of each phase")
-    micro_batch: tuple[int, ...] = setting((32, 8, 32), "pictures at a time in one process")
-    lr: tuple[float, ...] = setting((1e-5,), "learning rate of each phase")
-    batch: int = setting(2048, "pictures per step, over all processes and micro-batches")
-    warmup: int = setting(1000, "steps of linear warm-up at the beginning of each phase")
-    workers: int = setting(8, "processes that read pictures")
-    seed: int = setting(0, "of data, noise and new weights")
-    prediction: schedule.Prediction = setting("epsilon", "what the network estimates")
-    alpha: float = setting(
-        0.5, "alpha = beta of Eq. 2 in the exported file; 0 = where a silent network that estimates "
-        "velocities gives its input back"
-    )  # fmt: skip
-    encoder: str = setting("dinov2-b", "DINOv2 for the alignment: a name, hub id or folder")
-    lambda_repa: float = setting(0.5, "weight of the alignment; 0 = none")
-    drop: float = setting(0.1, "share of empty prompts")
-    posterior: Literal["sample", "mode"] = setting(
-        "sample", "latents to train on; mode where the autoencoder's variance was never trained"
-    )
-    mix: str = setting("paper", "mixture of degradations in refinement, see train.degrade")
-    scale: int = setting(4, "how many times smaller the damaged copy is")
-    beta1: float = setting(0.9, "AdamW")
-    beta2: float = setting(0.999, "AdamW")
-    weight_decay: float = setting(1e-2, "AdamW")
-    clip: float = setting(1.0, "largest gradient norm")
-    ema: float = setting(0.9999, "decay of the averaged weights; 0 = none")
-    ema_on_cpu: bool = setting(False, "keep the average in the CPU's memory")
-    precision: Literal["bf16", "fp32"] = setting("bf16", "autocast; weights in training stay fp32")
-    recompute: bool = setting(True, "gradient checkpointing: less memory, a third more time")
-    validate: str = setting("", "folder of pictures to look at; empty = crops of the training data")
-    validate_every: int = setting(1000, "steps")
-    samples: int = setting(4, "pictures to look at")
-    save_every: int = setting(500, "steps")
-    log_every: int = setting(10, "steps")
-    name: str = setting("SD2.1-VAE16", "written into the exported file")
-    licence: str = setting("", "written into the exported file; empty = the base's")
-
-    def __post_init__(self) -> None:
-        if not self.phases or set(self.phases) - set(KINDS):
-            found = ", ".join(self.phases) or "none"
-            raise ValueError(f"phases are one or more of {', '.join(KINDS)}, not {found}")
-        for name in ("sizes", "steps", "micro_batch", "lr"):
-            if len(getattr(self, name)) not in (1, len(self.phases)):
-                raise ValueError(
-                    f"{name} needs one value for all or one for each of the {len(self.phases)} "
-                    f"phases, not {len(getattr(self, name))}"
-                )
-        if self.lambda_repa and not self.encoder:
-            raise ValueError("lambda_repa aligns with DINOv2: name an encoder, or set it to 0")
-        if self.channels not in (4, 16):
-            raise ValueError(f"the latent has 16 channels, or SD2.1's own 4, not {self.channels}")
-        if not self.base and (self.prompts == "captions" or not self.vae):
-            raise ValueError(
-                "a network from nothing has no text encoder and no autoencoder: give --vae a GenDR "
-                "checkpoint, and --prompts random or a file"
-            )
-        if not self.alpha and self.prediction == "epsilon":
-            raise ValueError("alpha 0 means the constant for velocities: set it to 0.5 for epsilon")
-
-    def plan(self) -> list[Phase]:
-        """The phases with their first and last step."""
-        found, at = [], 0
-        for n, kind in enumerate(self.phases):
-            size, steps, micro, lr = (
-                values[n if len(values) > 1 else 0]
-                for values in (self.sizes, self.steps, self.micro_batch, self.lr)
-            )
-            found.append(Phase(kind, size, at, at + steps, micro, lr))
-            at += steps
-        return found
-
-    @property
-    def constant(self) -> float:
-        """alpha = beta of Eq. 2."""
-        return self.alpha or 1 / (1 + float(schedule.beta_bar(500)))
-
-    def rate(self, phase: Phase, number: int) -> float:
-        """Learning rate of step `number` (from 0): constant behind a warm-up."""
-        return phase.lr * min(1.0, (number - phase.first + 1) / max(1, self.warmup))
 
 
 class Training:
@@ -183,11 +64,13 @@ class Training:
         s, phases = settings, settings.plan()
         # Before DeepSpeed cuts the optimiser's state into pieces.
         place = "cpu" if s.ema_on_cpu else None
-        self.average = Average(foundation.denoiser, s.ema, device=place) if s.ema else None
+        self.average = None
+        if s.ema:
+            self.average = Average(foundation.denoiser, s.ema, device=place, every=s.ema_every)
         options = {
             "lr": phases[0].lr, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay,
         }  # fmt: skip
-        if by_deepspeed(processes):
+        if processes.deepspeed:
             if len({p.micro_batch for p in phases}) > 1 or "adapt" in s.phases:
                 raise SettingsError(
                     "DeepSpeed keeps one size of micro-batches and one set of trained weights: give "
@@ -215,14 +98,19 @@ class Training:
         for p in self.foundation.denoiser.parameters():
             p.requires_grad_(trained is None or id(p) in trained)
         # In refinement the share is drawn with the picture, so that workers damage no others.
-        share = denoising.DAMAGED if phase.refine else None
+        share = DAMAGED if phase.refine else None
         stream = self.stream(s.data, phase, share)
-        self.batches = stream.batches(number)
-        if self.run.writes:
-            look = self.stream((s.validate,) if s.validate else s.data, phase, 1.0)
-            self.preview = Preview(self.foundation, look.fixed(s.samples))
+        self.batches, self.meter = stream.batches(number), Meter(stream)
+        self.preview = self.run.alone(lambda: self.look(phase))
+
+    def look(self, phase: Phase) -> Preview:
+        """The pictures that a phase is looked at by."""
+        s = self.settings
+        data = (s.validate,) if s.validate else s.data
+        return Preview(self.foundation, self.stream(data, phase, 1.0).fixed(s.samples))
 
     def stream(self, data: tuple[str, ...], phase: Phase, share: float | None) -> Stream:
+        """share: of the pictures that get a damaged copy; None = none does, nor is one needed."""
         s = self.settings
         damage = None if share is None else Degradation("mixed", s.mix, s.scale, share)
         return Stream(
@@ -235,6 +123,10 @@ class Training:
             workers=s.workers,
             rank=self.processes.index,
             world=self.processes.count,
+            span=s.span or None,
+            weights=s.weights if data == s.data else (),
+            device=self.processes.device,
+            cache=cache_folder(),
         )
 
     def step(self, number: int) -> dict[str, float]:
@@ -245,15 +137,18 @@ class Training:
                 self.enter(phase, number)
         micro = next(self.batches)
         samples = (objective.sample(b, refine=self.phase.refine) for b in micro)
-        rate = s.rate(self.phase, number)
-        taken = self.engine.take(objective, samples, len(micro), rate, self.run.asked)
+        phase = self.phase
+        lr = rate(
+            phase.lr, number - phase.first, kind="constant_with_warmup", warmup=s.warmup,
+            steps=phase.last - phase.first,
+        )  # fmt: skip
+        taken = self.engine.take(objective, samples, len(micro), lr)
         values = objective.halves(taken.values)
-        self.run.stop = values.pop("stop") > 0
         # Not the whole loss: the alignment is negative, and a sum near zero has no scale.
         self.run.accept(values["diffusion"] if taken.finite else float("nan"))
         if taken.finite and self.average is not None:
             self.average.update()
-        return {**values, "gradient": taken.norm, "lr": rate}
+        return {**values, "gradient": taken.norm, "lr": lr}
 
     # ---- what it yields ----
 
@@ -264,16 +159,20 @@ class Training:
     def finish(self, step: int, *, look: bool) -> str:
         """Save, and with the averaged weights look and export; what was seen, in words."""
         self.engine.save(self.run, step, **self.parts())
+        return self.run.alone(lambda: self._finish(step, look=look)) or ""
+
+    @torch.no_grad()
+    def _finish(self, step: int, *, look: bool) -> str:
         text = ""
-        if self.run.writes:
-            with self.averaged(), torch.no_grad():
-                if look and self.preview is not None:
-                    values, sheets = self.preview.look(self.run.folder)
-                    self.run.show(step, *sheets)
-                    self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
-                    text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
-                self.export(step)
-        self.processes.wait()
+        with self.averaged():
+            if look and self.preview is not None:
+                values, sheets = self.preview.look(self.run.folder)
+                for sheet in sheets:
+                    numbered(sheet, self.run.folder / "sheets", step)
+                self.run.show(step, *sheets)
+                self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
+                text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+            self.export(step)
         return text
 
     def export(self, step: int) -> None:
@@ -295,13 +194,14 @@ class Training:
         if phase is not None and len(s.phases) > 1:
             n = s.plan().index(phase) + 1
             copy = folder / f"model-{n}-{phase.kind}-{phase.size}.safetensors"
-            shutil.copyfile(path, part := copy.with_name(copy.name + ".part"))
-            os.replace(part, copy)
+            with replacing(copy) as part:
+                shutil.copyfile(path, part)
+        if s.export_every and step and step % s.export_every == 0:
+            numbered(path, folder / "models", step)
         if f.denoiser.projector is not None:
-            path = folder / "projector.safetensors"
             state = {k: v.detach().cpu() for k, v in f.denoiser.projector.state_dict().items()}
-            save_file(state, part := path.with_name(path.name + ".part"))
-            os.replace(part, path)
+            with replacing(folder / "projector.safetensors") as part:
+                save_file(state, part)
 
 
 def adapted(denoiser: nn.Module) -> set[int]:
@@ -317,21 +217,56 @@ def adapted(denoiser: nn.Module) -> set[int]:
     return {id(p) for m in modules for p in m.parameters()}
 
 
-def train(settings: Settings, out: Path, device: str = "auto") -> Path:
-    """Run or resume; the exported file. TrainingError, DataError and others say why they stop it."""
+def check_captions(settings: Settings) -> str:
+    """A sentence about captions that are missing; SettingsError where too many are."""
+    if settings.prompts != "captions" or ready_pairs(settings.data):
+        return ""
+    found = Sources([find(source, cache_folder()) for source in settings.data])
+    count, have = len(found), found.captioned()
+    share = have / max(1, count)
+    if share < settings.captioned:
+        raise SettingsError(
+            f"{have:,} of {count:,} pictures have a caption ({100 * share:.0f} %), and the run takes its "
+            "prompts from them: add captions (NAME.txt beside each, or lines of a .jsonl), give "
+            "--prompts a file of train.embeddings, or lower --captioned, and the others will be told "
+            "quality terms"
+        )
+    if have == count:
+        return ""
+    return f"{count - have:,} of {count:,} pictures have no caption: they are told quality terms"
+
+
+def train(
+    settings: Settings,
+    out: Path,
+    device: str = "auto",
+    *,
+    state: Path | None = None,
+    accept: Sequence[str] = (),
+) -> Path:
+    """Run or resume; the exported file. TrainingError, DataError and others say why they stop it.
+
+    state: to go on from, if not the last one; accept: settings that may differ from the run's own.
+    """
     processes = Processes(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    with processes.one_first():
+        look_once(settings.data)
+    shares = codec_shares(settings.data, settings.mix, settings.codecs) if settings.refines else {}
+    captions = check_captions(settings)
     foundation = Foundation.load(settings, processes.device)
     processes.same(foundation.denoiser)
-    config = {**dataclasses.asdict(settings), "sources": foundation.facts}
-    run = Run(out, config, free=(*FREE, "sources"), writes=processes.first)
-    run.alone = processes.count == 1
-    run.catch_signals()
+    facts = {"sources": foundation.facts, "codec_shares": shares}
+    config = {**dataclasses.asdict(settings), **facts}
+    run = Run(out, config, free=(*FREE, "sources"), accept=accept, processes=processes)
+    run.catch_signals(settings.hours)
     training = Training(settings, foundation, processes, run)
-    first = training.engine.load(run, **training.parts())
+    first = training.engine.load(run, state, **training.parts())
+    if captions:
+        run.say(captions)
     last = settings.plan()[-1].last
     ends = {p.last for p in settings.plan()}
-    step = first
+    step = finished = first
     for step in run.steps(first, last, images=settings.batch):
         started = time.perf_counter()
         values = training.step(step - 1)
@@ -341,12 +276,17 @@ def train(settings: Settings, out: Path, device: str = "auto") -> Path:
             seconds = time.perf_counter() - started
             if processes.device.type == "cuda":
                 values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["waiting"] = training.meter.share()
             run.log(step, **values, images_per_second=settings.batch / seconds, skipped=run.skipped)
-        if step % settings.validate_every == 0 or step in ends or run.stop:
+        numbers = [n for n in (settings.validate_every, settings.export_every) if n]
+        if step in ends or any(step % n == 0 for n in numbers):
             run.say(f"step {step}: {training.finish(step, look=True)}")
-        elif step % settings.save_every == 0:
+            finished = step
+        elif run.due(step, settings.save_every, settings.save_minutes):
             training.engine.save(run, step, **training.parts())
-    if step == first:
+    if step != finished:
+        run.say(f"step {step}: {training.finish(step, look=True)}")
+    elif step == first:
         training.finish(step, look=False)
     return out / "model.safetensors"
 
@@ -357,7 +297,8 @@ def main(argv: list[str] | None = None) -> int:
         if chosen.dry_run:
             print(plan(chosen.settings))
             return 0
-        print(train(chosen.settings, chosen.out, chosen.device))
+        more = {"state": chosen.state, "accept": chosen.accept}
+        print(train(chosen.settings, chosen.out, chosen.device, **more))
     except (
         TrainingError, DataError, SettingsError, FeaturesError, EmbeddingsError,
         checkpoint.CheckpointError, FileNotFoundError, ValueError,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,19 +22,13 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from train.atomic import replacing, write_text
+from train.data.stream import Stream
+from train.processes import Processes, TrainingError
+
+T = TypeVar("T")
 # A loss this many times its slow average, for this many steps, is a run that will not come back.
 DIVERGED_FACTOR, DIVERGED_STEPS = 5.0, 200
-
-
-class TrainingError(RuntimeError):
-    """A run that can't go on; the message says why and what to change."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class Run:
@@ -40,8 +36,9 @@ class Run:
     again resumes it.
 
     The state is written to a temporary file and renamed, so a kill at any moment leaves the last
-    complete one. A folder of another configuration is refused, never overwritten. Of several
-    processes only the one with `writes` touches the folder; all of them may read the state.
+    complete one; the one before it, of a time when all was well, stays as `state-previous.pt`. A
+    folder of another configuration is refused, never overwritten. Of several processes only the first
+    writes; all of them read the state, and call every method together.
     """
 
     def __init__(
@@ -49,80 +46,122 @@ class Run:
         folder: Path | str,
         config: dict[str, Any],
         *,
-        free: tuple[str, ...] = (),
-        writes: bool = True,
+        free: Sequence[str] = (),
+        accept: Sequence[str] = (),
+        processes: Processes | None = None,
     ):
-        """free: names of settings that may change on resuming (where data lies, how often to log)."""
-        self.folder, self.writes = Path(folder), writes
+        """free: names of settings that may change on resuming (where data lies, how often to log);
+        accept: others that this time shall. processes: of a run in several; None = this one alone.
+        """
+        self.folder, self.processes = Path(folder), processes
+        self.writes = processes is None or processes.first
         self.state_path = self.folder / "state.pt"
+        self.previous_path = self.folder / "state-previous.pt"
         self.average: float | None = None
         self.bad = self.skipped = 0
-        self.stop = self.asked = False
-        # Several processes must agree on the step after which they stop: a script sets this to
-        # False, makes `asked` common to all, and then sets `stop`.
-        self.alone = True
+        # Whether the state on disk is of a time when no loss stood out.
+        self.good = False
+        self.world = 1 if processes is None else processes.count
+        self.asked, self.until = False, math.inf
+        self.saved_at = time.monotonic()
         self.bar: tqdm | None = None
-        config = json.loads(json.dumps(config))
+        self.alone(lambda: self._open(json.loads(json.dumps(config)), {*free, *accept}))
+
+    def alone(self, work: Callable[[], T]) -> T | None:
+        """Do something in the process that writes; its error is the error of all."""
+        return work() if self.processes is None else self.processes.alone(work)
+
+    def _open(self, config: dict[str, Any], free: set[str]) -> None:
         path = self.folder / "config.json"
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-            changed = [k for k in sorted({*old, *config} - {*free}) if old.get(k) != config.get(k)]
+            changed = [k for k in sorted({*old, *config} - free) if old.get(k) != config.get(k)]
             if changed:
                 raise TrainingError(
                     f"{self.folder} holds a run with another {', '.join(changed)}: give another "
-                    "--out, or the run's own settings to resume it"
+                    "--out, the run's own settings to resume it, or --accept "
+                    f"{','.join(changed)} to go on with the new ones"
                 )
-        if writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
-            self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(self.folder / "tensorboard"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
+        self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def catch_signals(self) -> None:
-        """Let Ctrl-C and a polite kill finish the step in hand and save."""
+    def catch_signals(self, hours: float = 0.0) -> None:
+        """Let Ctrl-C, a polite kill, and the end of so many hours finish the step in hand and save."""
+        self.until = time.monotonic() + 3600 * hours if hours else math.inf
 
         def handler(*_: Any) -> None:
             self.asked = True
-            self.stop = self.stop or self.alone
 
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, handler)
 
-    def load(self) -> dict[str, Any] | None:
-        """The last complete state, or None in a new folder."""
-        if not self.state_path.exists():
+    def load(self, path: Path | None = None) -> dict[str, Any] | None:
+        """The last complete state, or that of a file; None in a new folder.
+
+        Its tensors are mapped, not read: processes of one machine share them, and what is copied
+        into a network doesn't stay twice.
+        """
+        path = path or self.state_path
+        if not path.exists():
+            if path != self.state_path:
+                raise TrainingError(f"there is no state {path}: give a state*.pt of a run folder")
             return None
-        return torch.load(self.state_path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state atomically."""
-        if not self.writes:
-            return
-        temporary = self.state_path.with_name("state.pt.part")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.state_path)
+        """Write the state atomically, and keep the one before it if all was well then."""
+
+        def write() -> None:
+            with replacing(self.state_path, flush=True) as part:
+                torch.save(state, part)
+                if self.good and self.state_path.exists():
+                    self._keep()
+
+        self.alone(write)
+        self.good, self.saved_at = self.bad == 0, time.monotonic()
+
+    def _keep(self) -> None:
+        """The state in place under the other name, without a second copy where disks allow it."""
+        with replacing(self.previous_path) as part:
+            part.unlink(missing_ok=True)
+            try:
+                os.link(self.state_path, part)
+            except OSError:
+                shutil.copyfile(self.state_path, part)
 
     def save_parts(self, step: int, **parts: Any) -> None:
         """Save the states of everything that has a `state_dict`, by name."""
-        if not self.writes:
-            return
         watch = {"average": self.average, "bad": self.bad, "skipped": self.skipped}
-        states = {name: part.state_dict() for name, part in parts.items()}
-        self.save({"step": step, "watch": watch, **states})
+        states: dict[str, Any] = {}
+        if self.writes:
+            states = {name: part.state_dict() for name, part in parts.items()}
+        self.save({"step": step, "watch": watch, "world": self.world, **states})
 
-    def load_parts(self, **parts: Any) -> int:
+    def load_parts(self, path: Path | None = None, **parts: Any) -> int:
         """Put back what `save_parts` saved; the step it was saved at, 0 in a new folder."""
-        state = self.load()
+        state = self.load(path)
         if state is None:
             return 0
         for name, part in parts.items():
+            if name not in state:
+                raise TrainingError(
+                    f"{path or self.state_path} holds no {name}: it is of another version or kind of "
+                    "run; give another --out"
+                )
             part.load_state_dict(state[name])
         for name, value in state.get("watch", {}).items():
             setattr(self, name, value)
+        self.good, self.saved_with = self.bad == 0, state.get("world", 1)
         return state["step"]
+
+    def due(self, step: int, every: int, minutes: float) -> bool:
+        """Whether to save after this step: every so many steps, or when so many minutes are over."""
+        late = minutes > 0 and self.writes and time.monotonic() - self.saved_at > 60 * minutes
+        if minutes > 0 and self.processes is not None:
+            late = self.processes.any(late)
+        return late or step % every == 0
 
     def log(self, step: int, **values: float) -> None:
         """Append one JSON line, and the same values to TensorBoard."""
@@ -159,14 +198,19 @@ class Run:
         if self.bad >= DIVERGED_STEPS:
             raise TrainingError(
                 f"diverged: the loss was {value:g} against an average of {self.average} for "
-                f"{self.bad} steps; lower the learning rate or resume from an older state"
+                f"{self.bad} steps; go on from {self.previous_path.name} with a lower learning rate: "
+                f"--state {self.previous_path} --accept lr --lr ..."
             )
         if not diverged:
             self.average = value if self.average is None else 0.99 * self.average + 0.01 * value
         return finite
 
     def steps(self, first: int, last: int, *, images: int) -> Iterator[int]:
-        """Step numbers first+1..last behind a progress bar of images; a signal ends them early."""
+        """Step numbers first+1..last behind a progress bar of images.
+
+        Ends early, in all processes after the same step, when a signal has reached one of them: the
+        caller saves what it has after the loop.
+        """
         self.bar = tqdm(
             total=last * images,
             initial=first * images,
@@ -178,11 +222,16 @@ class Run:
             for step in range(first + 1, last + 1):
                 yield step
                 self.bar.update(images)
-                if self.stop:
+                if self.stopping():
                     return
         finally:
             self.bar.close()
             self.bar = None
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop or its time is over; all of them ask together."""
+        asked = self.asked or time.monotonic() > self.until
+        return asked if self.processes is None else self.processes.any(asked)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -190,29 +239,50 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
 
+class _Ema(EMAModel):
+    every = 1
+
+    def get_decay(self, optimization_step: int) -> float:
+        return super().get_decay(optimization_step) ** self.every
+
+
 class Average:
     """Exponential moving average of a module's trained parameters, with warm-up (diffusers).
 
-    device: where it lies, if not beside the parameters; a CPU's memory is the larger one.
+    device: where it lies, if not beside the parameters; a CPU's memory is the larger one. every:
+    steps between two updates, each with the decay of that many steps.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, device: str | None = None):
+    def __init__(
+        self, module: nn.Module, decay: float, *, device: str | None = None, every: int = 1
+    ):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.ema = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
+        self.ema = _Ema(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
+        self.ema.every = every
         self.device = device
         if device:
             self.ema.to(device=device)
 
     def update(self) -> None:
+        """After every step; only every so many do something."""
+        if (self.ema.optimization_step + 1) % self.ema.every:
+            self.ema.optimization_step += 1
+            return
         if not self.device:
             self.ema.step(self.parameters)
             return
         # diffusers copies what takes no gradient instead of averaging it.
         self.ema.step([p.detach().to(self.device).requires_grad_() for p in self.parameters])
 
-    def swapped(self) -> _Swapped:
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
         """Context in which the module holds the averaged weights."""
-        return _Swapped(self)
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         return self.ema.state_dict()
@@ -221,16 +291,42 @@ class Average:
         self.ema.load_state_dict(state)
 
 
-class _Swapped:
-    def __init__(self, average: Average):
-        self.average = average
+def rate(
+    peak: float,
+    number: int,
+    *,
+    kind: Literal["constant_with_warmup", "cosine"],
+    warmup: int,
+    steps: int,
+) -> float:
+    """Learning rate of step `number` (from 0) of `steps`: it rises linearly over the first `warmup`
+    steps, none of which has none, then stays, or falls to zero like a cosine."""
+    if number < warmup:
+        return peak * ((number + 1) / warmup)
+    if kind == "constant_with_warmup":
+        return peak
+    done = (number - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    def __enter__(self) -> None:
-        self.average.ema.store(self.average.parameters)
-        self.average.ema.copy_to(self.average.parameters)
 
-    def __exit__(self, *_: object) -> None:
-        self.average.ema.restore(self.average.parameters)
+class Meter:
+    """How much of the time since the last look was spent waiting for data."""
+
+    def __init__(self, stream: Stream):
+        self.stream, self.waited, self.at = stream, stream.waited, time.perf_counter()
+
+    def share(self) -> float:
+        waited, at = self.stream.waited, time.perf_counter()
+        share = (waited - self.waited) / max(at - self.at, 1e-9)
+        self.waited, self.at = waited, at
+        return share
+
+
+def numbered(path: Path, folder: Path, step: int) -> None:
+    """A copy of a run's file under the number of its step."""
+    folder.mkdir(exist_ok=True)
+    with replacing(folder / f"{path.stem}-{step:08d}{path.suffix}") as part:
+        shutil.copyfile(path, part)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -4,10 +4,10 @@
 #   bash train/tiny.sh PICTURES RUNS [TEACHER]
 #
 # Every step resumes: the same command again goes on where it was stopped, so that several short loans of
-# a card add up. On two CPU cores about four hours. FACTOR=4 takes four times the steps and pairs,
-# BATCH the pictures per step, DEVICE=cuda a card; VALIDATE and ORIGINALS are folders of damaged pictures
-# and their originals to measure on, NIQE BasicSR's niqe_pris_params.npz. TEACHER is a restorer's file
-# that spandrel can read.
+# a card add up. On two CPU cores about four hours. FACTOR=4 takes four times the steps and pairs, .001
+# tries in minutes whether all of it runs; BATCH the pictures per step, DEVICE=cuda a card; VALIDATE and
+# ORIGINALS are folders of damaged pictures and their originals to measure on, NIQE BasicSR's
+# niqe_pris_params.npz. TEACHER is a restorer's file that spandrel can read.
 set -euo pipefail
 if [ $# -ne 2 ] && [ $# -ne 3 ]; then
   sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'
@@ -19,18 +19,20 @@ small=(--device "$device" --batch "$batch")
 teacher=() share=0
 if [ $# -eq 3 ]; then teacher=(--teacher "$3") share=0.9; fi
 look=()
+# A number of steps or pairs times FACTOR, which may be a fraction; at least 2.
+times() { awk -v n="$1" -v f="$factor" 'BEGIN { k = int(n * f + .5); print (k < 2) ? 2 : k }'; }
 if [ -n "${VALIDATE:-}" ]; then look=(--validate "$VALIDATE" --originals "${ORIGINALS:-}"); fi
 
-"$python" -m train.pairs --data "$pictures" --out "$runs/pairs" --count $((20480 * factor)) --crop 192 \
+"$python" -m train.pairs --data "$pictures" --out "$runs/pairs" --count $(times 20480) --crop 192 \
   --mix tiny --seed 11 --device "$device" "${teacher[@]}"
-"$python" -m train.autoencoder --data "$runs/pairs" --out "$runs/autoencoder" --steps $((250 * factor)) "${small[@]}"
+"$python" -m train.autoencoder --data "$runs/pairs" --out "$runs/autoencoder" --steps $(times 250) "${small[@]}"
 "$python" -m train.restorer --data "$runs/pairs" --autoencoder "$runs/autoencoder" --out "$runs/restorer" \
-  --steps $((8000 * factor)) --lr 4e-4 --lr-vae 1.5e-4 --teacher-share "$share" --gradient 1 \
+  --steps $(times 8000) --lr 4e-4 --lr-vae 1.5e-4 --teacher-share "$share" --gradient 1 \
   --autoencode .125 "${small[@]}"
 "$python" -m train.repa --recipe tiny --data "$runs/pairs" --vae "$runs/restorer/model.safetensors" \
-  --out "$runs/base" --steps $((1400 * factor)),$((300 * factor)) --device "$device"
+  --out "$runs/base" --steps $(times 1400),$(times 300) --device "$device"
 "$python" -m train.cida --recipe tiny --data "$runs/pairs" --base "$runs/base/model.safetensors" \
-  --generator "$runs/restorer/model.safetensors" --out "$runs/cida" --steps $((500 * factor)) \
+  --generator "$runs/restorer/model.safetensors" --out "$runs/cida" --steps $(times 500) \
   "${look[@]}" "${small[@]}" --micro-batch "$batch"
 if [ -n "${VALIDATE:-}" ]; then
   "$python" -m train.evaluate --data "$VALIDATE" ${ORIGINALS:+--ref "$ORIGINALS"} --out "$runs/report" \

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .. import pictures
-from ..settings import BOUNDS, COLOR_FIXES, DTYPES, SPEEDS, Settings
+from ..files.sources import HYPIR
+from ..settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings, fidelity_from
 from . import jobs
 from .finding import expand
 
@@ -67,6 +68,8 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
     fold.add_argument("--dtype", choices=DTYPES[1:], help="number format of the weights")
     fold.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
+    add_convert(command("convert", "make a GenDR file of a public one-step restorer and its base"))
+
     side = command("compare", "write one PNG: input | result, and a detail enlarged")
     side.add_argument("input", type=expand, help="the picture before")
     side.add_argument("result", type=expand, help="the picture after")
@@ -81,6 +84,48 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
     side.add_argument("--overwrite", action="store_true", help="replace an existing file")
     side.add_argument("--json", action="store_true", help="print one JSON object")
     return top
+
+
+def add_convert(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "source", type=expand, help="file of PiSA-SR, OSEDiff or HYPIR, or folder of OMGSR-S"
+    )
+    made.add_argument(
+        "--base",
+        type=expand,
+        required=True,
+        help="Stable Diffusion 2.1-base: a diffusers folder, or one file",
+    )
+    made.add_argument("--output", "-o", type=expand, required=True, help="file to write")
+    made.add_argument("--prompt", default="", help="the fixed prompt (default: empty)")
+    made.add_argument(
+        "--embeds",
+        type=expand,
+        help="file that holds the prompt's embedding, instead of encoding it",
+    )
+    made.add_argument(
+        "--semantic",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="PiSA-SR: 0 leaves the semantic adapter out (default: %(default)s)",
+    )
+    made.add_argument(
+        "--coeff-t",
+        type=timestep,
+        metavar="N",
+        help=f"HYPIR: noise level, 1 to 999 (default: {HYPIR.coeff_t})",
+    )
+    made.add_argument(
+        "--dtype",
+        choices=DTYPES[1:],
+        default="fp16",
+        help="number format of the weights (default: %(default)s)",
+    )
+    made.add_argument(
+        "--accept-licence", action="store_true", help="accept the terms that the command shows"
+    )
+    made.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def add_upscale(made: argparse.ArgumentParser) -> None:
@@ -102,8 +147,24 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
     number(size, "--megapixels", help="size of the result in millions of pixels")
 
     look = made.add_argument_group("look")
+    look.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default=defaults.preset,
+        help="the kind of picture; the options below count where you give them "
+        "(default: %(default)s, by looking at each picture)",
+    )
     number(look, "--detail", help="0 adds nothing, 1 is the model, above exaggerates")
-    number(look, "--fidelity", help="1 = reduced to the input's size, the result is the input")
+    bound = BOUNDS["fidelity"]
+    look.add_argument(
+        "--fidelity",
+        type=fidelity_from,
+        default=defaults.fidelity,
+        metavar="N",
+        help="1 = reduced to the input's size, the result is the input "
+        f"({bound.minimum:g} to {bound.maximum:g}, default: {defaults.fidelity}, by how damaged the "
+        "input is)",
+    )
     look.add_argument(
         "--color-fix",
         choices=COLOR_FIXES,
@@ -216,6 +277,13 @@ def percent(text: str) -> int:
     value = int(text)
     if not 1 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{value} is not between 1 and 100")
+    return value
+
+
+def timestep(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 999:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 999")
     return value
 
 

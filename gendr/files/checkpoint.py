@@ -24,12 +24,19 @@ from torch import Tensor, nn
 
 from ..devices import TORCH_DTYPES, Precision, choose_device, choose_precision
 from ..model import GenDR
-from ..networks.onestep import Step, StepConfig, Unfolded, build, fold_state
+from ..networks.onestep import (
+    Step,
+    StepConfig,
+    Unfolded,
+    build,
+    fold_state,
+    prompt_projections,
+)
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE
-from ..settings import SPEEDS
-from . import layouts
-from .header import METADATA, STORED, Header, Newer, printable, shown
+from ..settings import DTYPES, SPEEDS
+from . import layouts, lora, sources
+from .header import METADATA, STORED, Header, Newer, printable
 from .reading import EXTENSIONS as EXTENSIONS
 from .reading import (
     SAFETENSORS,
@@ -40,6 +47,7 @@ from .reading import (
     naming,
     outline,
     read_file,
+    read_json,
 )
 from .shapes import CheckpointError, check_tensors, recognise, unet_config, vae_config
 
@@ -56,6 +64,7 @@ def load(
     base: str | Path | None = None,
     fold: bool = True,
     runs_on: str | torch.device | None = None,
+    usual: str = DTYPES[0],
     speed: str = SPEEDS[0],
 ) -> GenDR:
     """A model from a file, ready to run. None = GenDR-Tiny, which is part of the package.
@@ -66,6 +75,7 @@ def load(
     device, dtype: "auto" or a name. operations: a host's layers, which cast weights per call.
     fold: False keeps timestep and prompt free, for training.
     runs_on: where a host will compute while the weights lie on `device`; decides the precision.
+    usual: what dtype "auto" means to that host, unless the model's file names another.
     speed: how passes are run, one of `SPEEDS`. "graph" records them on an NVIDIA card, "compile" goes
     through torch.compile; what can't be had runs eagerly, and the report says why.
 
@@ -76,16 +86,23 @@ def load(
     header, state = read(path, base)
     if not fold:
         check_full(header, path, "has neither timestep nor prompt left to choose")
-    precision = choose_precision(place if runs_on is None else torch.device(runs_on), dtype)
+    precision = choose_precision(
+        place if runs_on is None else torch.device(runs_on),
+        dtype,
+        model=header.precision,
+        usual=usual,
+    )
     with naming(path):
-        config = header.config
+        config, projections = header.config, None
         if fold and not header.folded:
             parts = split(state)
+            projections = prompt_projections(parts["unet"])
             config, state = fold_state(config, parts["unet"], parts["vae"], parts["embeds"])
         state = {k: v.to(dtype_of(k, precision)) for k, v in state.items()}
         network: Step
         if fold:
             network = build(config, state, operations=operations or nn)
+            network.projections = projections
         else:
             network = unfolded(config, state, operations=operations or nn)
     arrange(network, place)
@@ -154,10 +171,13 @@ def read(path: Path, base: str | Path | None = None) -> Model:
     base = None if base is None else Path(base)
     with naming(path):
         if path.is_dir():
+            refuse_unconverted(path)
             header, tensors = read_folder(path)
         else:
             file = read_file(path)
             layout = next((known for known in LAYOUTS if known.fits(file)), None)
+            if layout is None or (layout.read is read_lora and base is None):
+                refuse_unconverted(path)
             if layout is None:
                 raise CheckpointError(f"it is {recognise(file.tensors)}; GenDR can't run it")
             header, tensors = layout.read(file, base)
@@ -168,6 +188,12 @@ def read(path: Path, base: str | Path | None = None) -> Model:
     return header, tensors
 
 
+def refuse_unconverted(path: Path) -> None:
+    """CheckpointError with what to do, for a public restorer that `gendr convert` takes."""
+    if name := sources.name_of(path):
+        raise CheckpointError(sources.advice(path, name))
+
+
 def read_ours(file: File, base: Path | None) -> Model:
     """A GenDR checkpoint, full or folded."""
     return checked_header(file.path, file.metadata[METADATA]), file.tensors
@@ -176,10 +202,10 @@ def read_ours(file: File, base: Path | None) -> Model:
 def read_lora(file: File, base: Path | None) -> Model:
     """A peft LoRA merged into its base."""
     header, whole = read_base(file.path, base, "a LoRA")
-    alpha = lora_alpha(file.path, file.metadata)
     check_numbers(file.tensors)
     try:
-        merged = layouts.merge_lora(split(whole)["unet"], file.tensors, alpha)
+        change = lora.read(file.tensors, lora.scaling_of(file.path, file.metadata))
+        merged = lora.merge(split(whole)["unet"], change)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return in_base(file.path, header, whole, merged, header.config.unet)
@@ -321,42 +347,6 @@ def bare_unet(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     return state, config
 
 
-def lora_alpha(path: Path, metadata: dict[str, str]) -> float:
-    """peft's lora_alpha, from the file's metadata or the adapter_config.json beside it."""
-    beside = path.with_name("adapter_config.json")
-    if "lora_alpha" in metadata:
-        found: Any = metadata["lora_alpha"]
-    elif beside.exists():
-        found = read_json(beside).get("lora_alpha")
-    else:
-        raise CheckpointError(
-            f"{path.name} doesn't say its lora_alpha: put peft's adapter_config.json beside it"
-        )
-    try:
-        alpha = float(found)
-    except (TypeError, ValueError):
-        alpha = math.nan
-    if not 0 < alpha < math.inf:
-        raise CheckpointError(
-            f"{path.name} has the lora_alpha {shown(found)}, which must be a number above 0: get the "
-            "LoRA again, or correct it in peft's adapter_config.json"
-        )
-    return alpha
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file; CheckpointError where it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        values = None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: get it again ({first_line(error)})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is missing or holds no settings: get it again")
-    return values
-
-
 def read_folder(folder: Path) -> Model:
     """A diffusers folder: `unet/`, `vae/`, `embeds.safetensors`, and `gendr.json` where it is ours."""
     tensors: dict[str, Tensor] = {}
@@ -481,13 +471,17 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
     path = Path(path) if path is not None else EMBEDDED
     with naming(path):
         if path.is_dir():
+            if name := sources.name_of(path):
+                return {"path": str(path), "kind": sources.advice(path, name)}
             header, tensors = read_folder(path)
             return {**header.as_dict(), "path": str(path), "tensors": len(tensors)}
         check_exists(path)
         facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
         if path.suffix.lower() not in SAFETENSORS:
             tensors = read_file(path).tensors
-            return {**facts, "tensors": len(tensors), "kind": recognise(tensors)}
+            name = sources.name_of(path)
+            kind = sources.advice(path, name) if name else recognise(tensors)
+            return {**facts, "tensors": len(tensors), "kind": kind}
         metadata, tensors, dtypes = outline(path)
         facts["stored_dtypes"] = dtypes
         facts["tensors"] = len(tensors)
@@ -496,4 +490,5 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
             header = checked_header(path, metadata[METADATA])
             check_tensors(header.config, tensors)
             return {**header.as_dict(), **facts}
-        return {**facts, "kind": recognise(tensors)}
+        name = sources.name_of(path)
+        return {**facts, "kind": sources.advice(path, name) if name else recognise(tensors)}

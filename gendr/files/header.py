@@ -137,7 +137,7 @@ HEADER: dict[str, Rule] = {
     "sha256": optional(SHA256),
     "precision": optional(one_of(*DTYPES[1:])),
     "min_side": whole(0, BOUNDS["tile"].maximum),
-    "color_fix": optional(one_of(*COLOR_FIXES)),
+    "color_fix": optional(one_of(*COLOR_FIXES[1:])),
     "source": optional(RECORD),
 }
 # Files have these only where they say something; those written before they existed have none.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -111,74 +112,53 @@ def ldm_vae_table(c: VAEConfig) -> dict[str, str]:
     return table
 
 
-def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """Every tensor under its new name; the longest module name that fits wins, others stay."""
+def rename(state: Mapping[str, Any], table: dict[str, str]) -> dict[str, Any]:
+    """Every value under its new name; the longest module name that fits wins, others stay."""
     renamed = {}
-    for name, tensor in state.items():
+    for name, value in state.items():
         parts = name.split(".")
         for length in range(len(parts), 0, -1):
             new = table.get(".".join(parts[:length]))
             if new is not None:
                 name = ".".join([new, *parts[length:]])
                 break
-        renamed[name] = tensor
+        renamed[name] = value
     return renamed
 
 
-def ldm_unet(state: dict[str, Tensor], c: UNetConfig) -> dict[str, Tensor]:
-    """A UNet under LDM names (prefix removed) under diffusers' names; 1x1 projections to linear."""
-    renamed = rename(state, ldm_unet_table(c))
-    return {
-        k: v[:, :, 0, 0] if re.search(r"\.proj_(in|out)\.weight$", k) and v.dim() == 4 else v
-        for k, v in renamed.items()
-    }
+def ldm_unet_names(names: Iterable[str], c: UNetConfig) -> dict[str, str]:
+    """diffusers' name -> LDM's (prefix removed), for the tensors of a UNet."""
+    return rename({name: name for name in names}, ldm_unet_table(c))
 
 
-def vae(state: dict[str, Tensor], c: VAEConfig) -> dict[str, Tensor]:
-    """An autoencoder under LDM's or diffusers' older names under diffusers' present ones."""
+def vae_names(names: Iterable[str], c: VAEConfig) -> dict[str, str]:
+    """diffusers' present name -> the older one or LDM's, for the tensors of an autoencoder."""
     renamed = {}
-    for name, tensor in rename(state, ldm_vae_table(c)).items():
+    for name, old in rename({name: name for name in names}, ldm_vae_table(c)).items():
         name = name.replace(".nin_shortcut.", ".conv_shortcut.")
         found = re.match(r"(.*\.attentions\.0\.)([a-z_]+)\.(weight|bias)$", name)
         if found and found[2] in VAE_ATTENTION:
             name = f"{found[1]}{VAE_ATTENTION[found[2]]}.{found[3]}"
-        if ".attentions.0.to_" in name and tensor.dim() == 4:
-            tensor = tensor[:, :, 0, 0]
-        renamed[name] = tensor
+        renamed[name] = old
     return renamed
 
 
-def merge_lora(unet: dict[str, Tensor], lora: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A peft LoRA merged into a UNet: W + alpha / rank * B A. ValueError names what doesn't fit.
+def linear_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape under diffusers' name: what older files hold as a 1x1 convolution is linear there."""
+    projection = re.search(r"\.proj_(in|out)\.weight$", name) or ".attentions.0.to_" in name
+    return tuple(shape[:2] if projection and len(shape) == 4 else shape)
 
-    Names: `base_model.model.<module>.lora_A[.<adapter>].weight`, any common prefix before them.
-    """
-    pattern = re.compile(r"^(?:base_model\.model\.)?(.*)\.lora_([AB])(?:\.[^.]+)?\.weight$")
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in lora.items():
-        found = pattern.match(name)
-        if not found:
-            raise ValueError(f"{name} is not a peft LoRA tensor: convert the LoRA to peft's names")
-        module = found[1]
-        for prefix in UNET_PREFIXES:
-            module = module.removeprefix(prefix)
-        pairs.setdefault(module, {})[found[2]] = tensor
-    merged = dict(unet)
-    for module, pair in pairs.items():
-        weight = merged.get(f"{module}.weight")
-        if weight is None or set(pair) != {"A", "B"}:
-            raise ValueError(f"the LoRA changes {module}, which the base does not have")
-        a, b = pair["A"].float(), pair["B"].float()
-        if min(a.dim(), b.dim()) < 2 or not len(a) or b.flatten(1).shape[1] != len(a):
-            raise ValueError(
-                f"the LoRA of {module} does not fit together: lora_A is {tuple(a.shape)}, lora_B "
-                f"{tuple(b.shape)}"
-            )
-        if (b.shape[0], *a.shape[1:]) != tuple(weight.shape):
-            raise ValueError(
-                f"the LoRA was made for another base: {module} is {tuple(weight.shape)} in the "
-                f"base, {(b.shape[0], *a.shape[1:])} in the LoRA"
-            )
-        delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape) * (alpha / a.shape[0])
-        merged[f"{module}.weight"] = (weight.float() + delta).to(weight.dtype)
-    return merged
+
+def ldm_unet(state: dict[str, Tensor], c: UNetConfig) -> dict[str, Tensor]:
+    """A UNet under LDM names (prefix removed) under diffusers' names; 1x1 projections to linear."""
+    return {new: linear(new, state[old]) for new, old in ldm_unet_names(state, c).items()}
+
+
+def vae(state: dict[str, Tensor], c: VAEConfig) -> dict[str, Tensor]:
+    """An autoencoder under LDM's or diffusers' older names under diffusers' present ones."""
+    return {new: linear(new, state[old]) for new, old in vae_names(state, c).items()}
+
+
+def linear(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in `linear_shape`."""
+    return tensor.reshape(linear_shape(name, tensor.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import stat
 import warnings
@@ -139,14 +140,14 @@ def whole(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of what torch.save wrote, in its present format or the one before 1.6."""
+def load_pickle(path: Path) -> Any:
+    """All that torch.save wrote, in its present format or the one before 1.6: nothing but data."""
     mapped = check_zip(path)
     try:
         with warnings.catch_warnings():
             # Of pickles that hold more than tensors; what can't be read is said below.
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds here, all meaning the same
         if devices.is_oom(error):
             raise
@@ -154,6 +155,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path.name} can't be read as plain tensors and is not executed: use a safetensors "
             f"file ({unpickling(error)})"
         ) from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle that holds one network, whatever it wraps them in."""
+    loaded = load_pickle(path)
     for key in NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -222,3 +228,16 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
                 f"{name} is {kind}, which are {what}: GenDR takes fp16, bf16 or fp32; get the file in "
                 "one of them"
             )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file; CheckpointError where it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        values = None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: get it again ({first_line(error)})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is missing or holds no settings: get it again")
+    return values

@@ -16,8 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..schedule import Prediction, one_step
-from .unet import SD21_16, UNet, UNetConfig, timestep_embedding
+from .unet import (
+    SD21_16,
+    ConstantAttention,
+    KeysValues,
+    UNet,
+    UNetConfig,
+    timestep_embedding,
+)
 from .vae import VAE, VAE16, Decoder, Encoder, VAEConfig
+
+# A prompt that a caller brings: an embedding 1 m d, or what a folded network made of one.
+Prompt = Tensor | KeysValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,34 +102,62 @@ class Step(nn.Module):
         """Picture b 3 h w in [-1, 1] -> latent b c h/f w/f."""
         raise NotImplementedError
 
-    def predict(self, z: Tensor, prompts: int) -> Tensor:
-        """out * F(z), of a batch that holds `prompts` prompts one after another."""
+    def predict(self, z: Tensor, prompts: int | Prompt) -> Tensor:
+        """out * F(z), of a batch that holds `prompts` prompts one after another, or of another one."""
+        raise NotImplementedError
+
+    def prompt(self, embedding: Tensor) -> Prompt:
+        """A prompt 1 m d, any m, in the form that `predict` takes it instead of the fixed one.
+
+        ValueError for a network that keeps no way from prompts to keys and values.
+        """
+        raise NotImplementedError
+
+    def negative(self) -> Prompt:
+        """The fixed negative prompt in that form."""
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent b c h w -> picture b 3 fh fw, about [-1, 1]."""
         raise NotImplementedError
 
-    def step(self, z: Tensor, *, detail: float = 1.0, guidance: float = 1.0) -> Tensor:
+    def step(
+        self,
+        z: Tensor,
+        *,
+        detail: float = 1.0,
+        guidance: float = 1.0,
+        prompt: Prompt | None = None,
+    ) -> Tensor:
         """z_l -> z_g, Eq. 2; `detail` moves linearly from z_l (0) to z_g (1) and beyond.
 
         guidance above 1: F = F_negative + guidance (F_positive - F_negative), in one batch of two.
+        prompt: instead of the fixed positive one, see `Step.prompt`.
         """
         if detail == 0:
             return z
         skip, _ = self.config.coefficients
         work = z.to(self.compute[1] or z.dtype)
         if guidance == 1:
-            out = self.predict(work, 1).to(z.dtype)
+            out = self.predict(work, 1 if prompt is None else prompt).to(z.dtype)
+        elif prompt is not None:
+            # One after the other: prompts of different lengths don't fit into one batch.
+            positive, negative = (
+                self.predict(work, p).to(z.dtype) for p in (prompt, self.negative())
+            )
+            out = negative + guidance * (positive - negative)
         else:
             positive, negative = self.predict(torch.cat([work, work]), 2).to(z.dtype).chunk(2)
             out = negative + guidance * (positive - negative)
         # With skip = 1 + (skip - 1) the input's share never passes through the network.
         return z + detail * ((skip - 1) * z + out)
 
-    def forward(self, x: Tensor, *, detail: float = 1.0, guidance: float = 1.0) -> Tensor:
-        """Picture b 3 h w in [-1, 1] -> restored picture of the same shape and range."""
-        return self.decode(self.step(self.encode(x), detail=detail, guidance=guidance))
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """Picture b 3 h w in [-1, 1] -> restored picture of the same shape and range.
+
+        options: of `step`.
+        """
+        return self.decode(self.step(self.encode(x), **options))
 
 
 class Unfolded(Step):
@@ -147,17 +185,32 @@ class Unfolded(Step):
     def encode(self, x: Tensor) -> Tensor:
         return self.vae.encode(x.to(self.compute[0] or x.dtype)).to(x.dtype)
 
-    def predict(self, z: Tensor, prompts: int) -> Tensor:
-        context = torch.cat([self.embeds[n] for n in self.names[:prompts]]).to(z)
+    def predict(self, z: Tensor, prompts: int | Prompt) -> Tensor:
+        if isinstance(prompts, int):
+            context = torch.cat([self.embeds[n] for n in self.names[:prompts]]).to(z)
+        else:
+            context, prompts = prompts.to(z), 1
         context = context.repeat_interleave(z.shape[0] // prompts, 0)
         return self.config.coefficients[1] * self.unet(z, self.config.t_start, context)
+
+    def prompt(self, embedding: Tensor) -> Tensor:
+        return embedding
+
+    def negative(self) -> Tensor:
+        return self.embeds[self.names[1]]
 
     def decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z.to(self.compute[0] or z.dtype)).to(z.dtype)
 
 
 class OneStep(Step):
-    """The folded network. Latents are in the autoencoder's units with its shift removed."""
+    """The folded network. Latents are in the autoencoder's units with its shift removed.
+
+    projections: see `prompt_projections`; no parameters, because a run without another prompt needs
+    none of them.
+    """
+
+    projections: KeysValues | None = None
 
     def __init__(self, config: StepConfig, *, operations: Any = nn):
         """config: of the folded network, see `folded_config`."""
@@ -177,8 +230,23 @@ class OneStep(Step):
         mean = self.encoder(x.to(self.compute[0] or x.dtype)).to(x.dtype)
         return mean - (self.config.vae.shift_factor or 0.0)
 
-    def predict(self, z: Tensor, prompts: int) -> Tensor:
+    def predict(self, z: Tensor, prompts: int | Prompt) -> Tensor:
         return self.unet(z, None, prompts)
+
+    def prompt(self, embedding: Tensor) -> KeysValues:
+        if self.projections is None:
+            raise ValueError(
+                "this is a folded export, which holds its own prompt alone: use the checkpoint it "
+                "was made from, or give no prompt"
+            )
+        return {
+            place: (project(embedding, key), project(embedding, value))
+            for place, (key, value) in self.projections.items()
+        }
+
+    def negative(self) -> KeysValues:
+        layers = (m for m in self.unet.modules() if isinstance(m, ConstantAttention))
+        return {layer.place: (layer.key[1:2], layer.value[1:2]) for layer in layers}
 
     def latent_in(self, z: Tensor) -> Tensor:
         """What the decoder itself starts from."""
@@ -229,9 +297,7 @@ def fold_state(
             continue
         if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")):
             stem, which = name.rsplit(".", 2)[0], {"to_k": "key", "to_v": "value"}
-            state[f"unet.{stem}.{which[name.split('.')[-2]]}"] = (context @ tensor.double().T).to(
-                _at_least_float32(tensor)
-            )
+            state[f"unet.{stem}.{which[name.split('.')[-2]]}"] = project(context, tensor)
             continue
         if name.endswith(".conv1.bias"):
             block = name.removesuffix(".conv1.bias")
@@ -252,6 +318,25 @@ def fold_state(
             continue
         state[name] = tensor
     return folded, state
+
+
+def project(context: Tensor, weight: Tensor) -> Tensor:
+    """Keys or values of prompts: b m d and c d -> b m c, summed in float64."""
+    return (context.double() @ weight.double().T).to(_at_least_float32(weight))
+
+
+def prompt_projections(unet: dict[str, Tensor]) -> KeysValues:
+    """to_k and to_v (c d each) of every layer that attends to the prompt, by the layers' names.
+
+    25.6 M parameters at full size, kept beside a folded network for prompts that come later.
+    unet: the state dict of a `UNet`. Copies: the file that they come from can be closed.
+    """
+    end = ".to_k.weight"
+    layers = [name.removesuffix(end) for name in unet if name.endswith(f".attn2{end}")]
+    return {
+        layer: (unet[f"{layer}.to_k.weight"].clone(), unet[f"{layer}.to_v.weight"].clone())
+        for layer in layers
+    }
 
 
 def _mean_only(tensor: Tensor, bias: bool, vae: dict[str, Tensor], channels: int) -> Tensor:

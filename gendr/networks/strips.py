@@ -8,6 +8,7 @@ of the full size instead of five. Works for a batch of one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,13 +95,13 @@ class Strips:
             self.worked(parameters(decoder.conv_out) * (bottom - top) * per_row * h.shape[-1])
         return out
 
-    def step(self, z: Tensor, *, detail: float = 1.0, guidance: float = 1.0) -> Tensor:
+    def step(self, z: Tensor, **options: Any) -> Tensor:
         """As `OneStep.step`, of the whole latent at once."""
-        return self.network.step(z, detail=detail, guidance=guidance)
+        return self.network.step(z, **options)
 
-    def forward(self, x: Tensor, *, detail: float = 1.0, guidance: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         """As `OneStep.forward`."""
-        return self.decode(self.step(self.encode(x), detail=detail, guidance=guidance))
+        return self.decode(self.step(self.encode(x), **options))
 
     def strip_rows(self, x: Tensor) -> int:
         """Rows of a strip of this tensor."""

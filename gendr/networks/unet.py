@@ -15,6 +15,10 @@ from . import fused
 from .blocks import Downsample, ResnetBlock, Upsample, attend, merge_heads, split_heads
 
 EPS = 1e-5
+# A prompt as a folded network takes it: keys and values, each 1 m c, by the names of the layers.
+KeysValues = dict[str, tuple[Tensor, Tensor]]
+# Of a network of any prompt b m d; of a folded one, how many prompts a batch holds, or another prompt.
+Context = Tensor | int | KeysValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,8 @@ class ConstantAttention(nn.Module):
     """
 
     fast = False
+    # Its name in the UNet, under which another prompt has its keys and values.
+    place = ""
 
     def __init__(
         self, channels: int, prompts: int, tokens: int, head_dim: int, *, operations: Any = nn
@@ -132,13 +138,17 @@ class ConstantAttention(nn.Module):
         self.value = nn.Parameter(torch.zeros(prompts, tokens, channels))
         self.to_out = nn.ModuleList([operations.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | int) -> Tensor:
-        """context: how many of the prompts this batch holds."""
-        k, v = (split_heads(t[:context].to(x), self.heads) for t in (self.key, self.value))
-        if self.fast and context == 1:
+    def forward(self, x: Tensor, context: int | KeysValues) -> Tensor:
+        """context: how many of the prompts this batch holds, or another prompt's keys and values."""
+        if isinstance(context, int):
+            prompts, constants = context, (self.key[:context], self.value[:context])
+        else:
+            prompts, constants = 1, context[self.place]
+        k, v = (split_heads(t.to(x), self.heads) for t in constants)
+        if self.fast and prompts == 1:
             k, v = (t.expand(x.shape[0], -1, -1, -1) for t in (k, v))
         else:
-            k, v = (t.repeat_interleave(x.shape[0] // context, 0) for t in (k, v))
+            k, v = (t.repeat_interleave(x.shape[0] // prompts, 0) for t in (k, v))
         return self.to_out[0](merge_heads(attend(split_heads(self.to_q(x), self.heads), k, v)))
 
 
@@ -191,7 +201,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = operations.LayerNorm(channels)
         self.ff = FeedForward(channels, operations=operations)
 
-    def forward(self, x: Tensor, context: Tensor | int) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -211,7 +221,7 @@ class Transformer(nn.Module):
         )
         self.proj_out = operations.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | int) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         h, w = x.shape[-2:]
         normed = fused.norm(x, self.norm, silu=False) if self.fast else self.norm(x)
         tokens = self.proj_in(rearrange(normed, "b c h w -> b (h w) c"))
@@ -264,7 +274,7 @@ class Level(nn.Module):
                 [Upsample(outputs, phases=c.phases, operations=operations)]
             )
 
-    def block(self, n: int, x: Tensor, temb: Tensor | None, context: Tensor | int) -> Tensor:
+    def block(self, n: int, x: Tensor, temb: Tensor | None, context: Context) -> Tensor:
         """Residual block n and its transformer, if there is one."""
         x = self.resnets[n](x, temb)
         return x if self.attentions is None else self.attentions[n](x, context)
@@ -274,7 +284,7 @@ class DownLevel(Level):
     """A level of the encoder side; returns what the decoder side will need as well."""
 
     def forward(
-        self, x: Tensor, temb: Tensor | None, context: Tensor | int
+        self, x: Tensor, temb: Tensor | None, context: Context
     ) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for n in range(len(self.resnets)):
@@ -290,7 +300,7 @@ class UpLevel(Level):
     """A level of the decoder side; consumes the skips it needs from the end of the list."""
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], temb: Tensor | None, context: Tensor | int
+        self, x: Tensor, skips: list[Tensor], temb: Tensor | None, context: Context
     ) -> Tensor:
         for n in range(len(self.resnets)):
             x = self.block(n, torch.cat([x, skips.pop()], dim=1), temb, context)
@@ -316,7 +326,7 @@ class Middle(nn.Module):
         )
         self.attentions = nn.ModuleList([Transformer(channels, c, operations=operations)])
 
-    def forward(self, x: Tensor, temb: Tensor | None, context: Tensor | int) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None, context: Context) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, temb), context)
         return self.resnets[1](x, temb)
 
@@ -358,14 +368,18 @@ class UNet(nn.Module):
             self.up_blocks.append(
                 UpLevel(pairs, c, attention=c.attention[n], up=n > 0, operations=operations)
             )
+        for place, layer in self.named_modules():
+            if isinstance(layer, ConstantAttention):
+                layer.place = place
         self.conv_norm_out = operations.GroupNorm(c.norm_num_groups, widths[0], eps=EPS)
         self.conv_out = operations.Conv2d(widths[0], c.latent_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, t: Tensor | int | None, context: Tensor | int) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor | int | None, context: Context) -> Tensor:
         """Latent b c h w, timestep (number or b), prompt b m d -> b c h w.
 
         Of a folded network (`config.prompts` > 0) the timestep is a constant and not looked at;
-        `context` is then the number of prompts, one after another, in the batch.
+        `context` is then the number of prompts, one after another, in the batch, or one other
+        prompt's keys and values.
         """
         temb = None
         if self.time_embedding is not None:

@@ -63,6 +63,23 @@ class ProbeNumber:
         return (value,)
 
 
+class ProbePrompt:
+    """Noise as a text encoder would send it: an embedding 1 n d and facts beside it."""
+
+    CATEGORY = "tests"
+    FUNCTION = "make"
+    RETURN_TYPES = ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        number = ("INT", {"default": 1, "min": 0, "max": 4096})
+        return {"required": dict.fromkeys(("tokens", "width", "seed"), number)}
+
+    def make(self, tokens, width, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return ([[torch.randn(1, tokens, width, generator=generator), {"pooled_output": None}]],)
+
+
 class ProbeKeep:
     """Writes a picture as it is, without the rounding of Save Image, and the model's own words."""
 
@@ -84,4 +101,6 @@ class ProbeKeep:
         return {"ui": {"text": facts}}
 
 
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (ProbePicture, ProbeMask, ProbeNumber, ProbeKeep)}
+NODE_CLASS_MAPPINGS = {
+    c.__name__: c for c in (ProbePicture, ProbeMask, ProbeNumber, ProbePrompt, ProbeKeep)
+}

@@ -13,11 +13,8 @@ named once and counted; they never end a run.
 from __future__ import annotations
 
 import io
-import json
-import os
-import tarfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,149 +23,36 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from train import degrade
+from train.data import degradations
+from train.data.index import DataError, Entry, Sources, find
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "YCbCr"}
 SMALLEST = 64  # pixels of the short side; below that enlarging makes no training picture
+# Sets the draws of sources apart from those of a picture's crop.
+WEIGHTED = 7
 TRIES = 50  # replacements for one sample before the data are called unusable
-
-
-class DataError(ValueError):
-    """The data as a whole cannot be used."""
 
 
 class BadPicture(ValueError):
     """One picture cannot be used; the message says why."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a picture and its caption are: a file, or `size` bytes at `offset` of a tar."""
-
-    path: Path
-    name: str
-    offset: int = -1
-    size: int = 0
-    caption: tuple[str, int, int] | str = ""  # the words, or (ending, offset, size) inside the tar
-
-    def read(self) -> bytes:
-        if self.offset < 0:
-            return self.path.read_bytes()
-        return _slice(self.path, self.offset, self.size)
-
-    def words(self) -> str:
-        """The caption, read late; empty when there is none or it cannot be read."""
-        try:
-            if isinstance(self.caption, tuple):
-                ending, offset, size = self.caption
-                return _caption(_slice(self.path, offset, size).decode("utf-8"), ending)
-            if self.caption:
-                return self.caption
-            beside = self.path.with_suffix(".txt")
-            if self.offset < 0 and beside.exists():
-                return _caption(beside.read_text(encoding="utf-8"), ".txt")
-        except (OSError, ValueError):
-            pass
-        return ""
-
-
-def _slice(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _caption(text: str, ending: str) -> str:
-    if ending == ".json":
-        record = json.loads(text)
-        text = record.get("caption") or record.get("text") or ""
-    return " ".join(text.split())
-
-
-def find(source: str | Path) -> list[Entry]:
-    """Every picture below a folder (recursively, by name), inside its tars, or inside one tar.
-
-    Captions: `name.txt` beside the picture; lines {"file": ..., "caption" or "text": ...} of any
-    .jsonl in the folder, with paths relative to it; in a tar `key.txt` or `key.json` beside
-    `key.jpg`. DataError when there is no picture at all.
-    """
-    source = Path(source)
-    if not source.exists():
-        raise DataError(f"no such folder or tar: {source}")
-    if source.is_file():
-        entries = _tar_entries(source)
-    else:
-        captions = _jsonl_captions(source)
-        entries = []
-        for path in sorted(p for p in source.rglob("*") if p.is_file()):
-            name = path.relative_to(source).as_posix()
-            if any(part.startswith(".") for part in name.split("/")):
-                continue
-            if path.suffix.lower() in ENDINGS:
-                entries.append(Entry(path, name, caption=captions.get(name, "")))
-            elif path.suffix.lower() == ".tar":
-                entries.extend(_tar_entries(path))
-    if not entries:
-        raise DataError(
-            f"no pictures in {source}: expected {', '.join(sorted(ENDINGS))} or .tar shards"
-        )
-    return entries
-
-
-def _jsonl_captions(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(folder.rglob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                words = record.get("caption") or record.get("text") or ""
-                file = (path.parent / record["file"]).relative_to(folder).as_posix()
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise DataError(
-                    f"{path.name}, line {number}: needs an object with file and caption ({error})"
-                ) from error
-            found[file] = " ".join(str(words).split())
-    return found
-
-
-def _tar_entries(path: Path) -> list[Entry]:
-    """Pictures of a tar by their place in it; of a cut tar, those before the cut."""
-    members: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    members[member.name.removeprefix("./")] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        warnings.warn(f"{path.name} is damaged after {len(members)} members: {error}", stacklevel=3)
-    end = path.stat().st_size
-    entries = []
-    for name, (offset, size) in members.items():
-        stem, ending = os.path.splitext(name)
-        if ending.lower() not in ENDINGS or offset + size > end:
-            continue
-        caption: tuple[str, int, int] | str = ""
-        for kind in (".txt", ".json"):
-            if stem + kind in members:
-                caption = (kind, *members[stem + kind])
-                break
-        entries.append(Entry(path, f"{path.name}/{name}", offset, size, caption))
-    return entries
-
-
-def decode(data: bytes, smallest: int = SMALLEST) -> np.ndarray:
+def decode(data: bytes, smallest: int = SMALLEST, least: int | None = None) -> np.ndarray:
     """A picture file's bytes as `h w 3` uint8. BadPicture when it is cut, too small, or has a mode
     that 8-bit RGB cannot hold: more than 8 bits, CMYK (its profile decides the colours), or real
-    transparency."""
+    transparency.
+
+    least: what the short side must keep where the picture is to be reduced anyway; JPEGs are then
+    decoded at a half, a quarter or an eighth, which takes a fraction of the time.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             if min(image.size) < smallest:
                 raise BadPicture(f"{image.width}x{image.height} is below {smallest} pixels")
             if image.mode not in MODES:
                 raise BadPicture(f"mode {image.mode}")
+            if least is not None:
+                image.draft(None, (least, least))
             image.load()
             alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
             if alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
@@ -182,11 +66,20 @@ def decode(data: bytes, smallest: int = SMALLEST) -> np.ndarray:
         raise BadPicture(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
-def random_crop(pixels: np.ndarray, side: int, rng: np.random.Generator, flip: bool) -> np.ndarray:
-    """`side side 3` uint8 from anywhere in `h w 3`; a shorter short side is enlarged first."""
+def random_crop(
+    pixels: np.ndarray, side: int, rng: np.random.Generator, flip: bool, span: float | None = None
+) -> np.ndarray:
+    """`side side 3` uint8 from anywhere in `h w 3`; a shorter short side is enlarged first.
+
+    span: reduce a longer one to between 1 and this many crops, so that a crop shows most of the
+    picture; None = crops of the picture as it is.
+    """
     h, w = pixels.shape[:2]
-    if min(h, w) < side:
-        factor = side / min(h, w)
+    short = side if min(h, w) < side else min(h, w)
+    if span is not None:
+        short = min(short, round(side * rng.uniform(1, span)))
+    if short != min(h, w):
+        factor = short / min(h, w)
         h, w = max(side, round(h * factor)), max(side, round(w * factor))
         pixels = np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.LANCZOS))
     top, left = int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1))
@@ -198,7 +91,7 @@ def random_crop(pixels: np.ndarray, side: int, rng: np.random.Generator, flip: b
 
 @dataclass(frozen=True)
 class Degradation:
-    """How the low-resolution copies are made; see train.degrade.
+    """How the low-resolution copies are made; see train.data.degradations.
 
     share: of the pictures that get one; the others' is black, with an empty `damage`.
     """
@@ -226,14 +119,17 @@ class Pictures(Dataset):
         flip: bool = True,
         seed: int = 0,
         smallest: int = SMALLEST,
+        span: float | None = None,
+        cache: Path | None = None,
     ):
+        """span: see `random_crop`; cache: see `find`."""
         if crop < 1 or (degradation and crop % degradation.scale):
             raise DataError(
                 f"a crop of {crop} does not divide by the scale: choose a multiple of it"
             )
         sources = [source] if isinstance(source, str | Path) else list(source)
-        self.entries = [entry for one in sources for entry in find(one)]
-        self.crop, self.degradation, self.flip = crop, degradation, flip
+        self.entries = Sources([find(one, cache) for one in sources])
+        self.crop, self.degradation, self.flip, self.span = crop, degradation, flip, span
         self.seed, self.smallest = seed, smallest
         # one byte for each picture, seen by all workers: the process that reads the loader names
         # them
@@ -249,14 +145,14 @@ class Pictures(Dataset):
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, epoch, index])
         pixels, entry = self._usable(index, rng)
-        hr = random_crop(pixels, self.crop, rng, self.flip)
+        hr = random_crop(pixels, self.crop, rng, self.flip, self.span)
         item = {"hr": _tensor(hr)}
         if self.degradation:
             how = self.degradation
             seed, trace = int(rng.integers(2**63)), []
             low = np.zeros((self.crop // how.scale, self.crop // how.scale, 3), np.uint8)
             if rng.random() < how.share:
-                low = degrade.degrade(
+                low = degradations.degrade(
                     hr, kind=how.kind, mix=how.mix, scale=how.scale, seed=seed, trace=trace
                 )
             item |= {"lr": _tensor(low), "damage": "; ".join(trace)}
@@ -265,11 +161,12 @@ class Pictures(Dataset):
     def _usable(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, Entry]:
         # Whether a file was found bad before must not change what is drawn: the flags only save the
         # reading.
+        least = None if self.span is None else round(self.crop * self.span)
         for _ in range(TRIES):
             if not self._bad[index]:
                 try:
                     entry = self.entries[index]
-                    return decode(entry.read(), self.smallest), entry
+                    return decode(entry.read(), self.smallest, least), entry
                 except (BadPicture, OSError):
                     self._bad[index] = 1
             index = int(rng.integers(len(self.entries)))
@@ -314,19 +211,48 @@ class Order(Sampler):
     """Endless keys (epoch, index): each epoch a permutation of `count` by the seed.
 
     `start` is how many keys all ranks together have used, so that a resumed run goes on where it
-    stopped; rank r of `world` takes every world-th key.
+    stopped; rank r of `world` takes every world-th key. With `weights`, one for each of `sizes`,
+    every key draws a source by its weight and one of its pictures, and is an epoch of its own.
     """
 
-    def __init__(self, count: int, *, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        sizes: Sequence[int] = (),
+        weights: Sequence[float] = (),
+    ):
         if count < 1 or start < 0 or not 0 <= rank < world:
             raise DataError(f"cannot order {count} pictures from {start} as rank {rank} of {world}")
+        if weights and (len(weights) != len(sizes) or min(weights) < 0 or not sum(weights)):
+            raise DataError(
+                f"weights needs a number of at least 0 for each of the {len(sizes)} sources of data, "
+                f"one of them above 0, not {', '.join(f'{w:g}' for w in weights)}"
+            )
         self.count, self.seed, self.start, self.rank, self.world = count, seed, start, rank, world
+        self.sizes, self.weights = list(sizes), list(weights)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.weights:
+            yield from self._weighted()
         at, epoch, order = self.start + self.rank, -1, None
         while True:
             if at // self.count != epoch:
                 epoch = at // self.count
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             yield epoch, int(order[at % self.count])
+            at += self.world
+
+    def _weighted(self) -> Iterator[tuple[int, int]]:
+        edges = np.cumsum(self.weights) / np.sum(self.weights)
+        starts = np.cumsum(self.sizes) - self.sizes
+        at = self.start + self.rank
+        while True:
+            rng = np.random.default_rng([self.seed, at, WEIGHTED])
+            source = int(np.searchsorted(edges, rng.random(), side="right"))
+            yield at, int(starts[source] + rng.integers(self.sizes[source]))
             at += self.world

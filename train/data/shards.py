@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PARTS = ("hr", "lr", "teacher")
-
 
 class Pairs:
     """All shards of a folder, memory-mapped.

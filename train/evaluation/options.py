@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from gendr.settings import COLOR_FIXES, DTYPES
+from gendr.settings import COLOR_FIXES, DTYPES, fidelity_from
 from train.evaluation import testset
 
 BASELINES = ("bicubic", "lanczos")
@@ -107,8 +107,9 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--color-fix", choices=COLOR_FIXES, help="default: the protocol's, else gendr's own")
     for name in ("tile", "overlap", "tile-batch"):
         add(f"--{name}", type=int)
-    for name in ("detail", "fidelity", "guidance"):
+    for name in ("detail", "guidance"):
         add(f"--{name}", type=float)
+    add("--fidelity", type=fidelity_from, help="a number or auto; default: gendr's own")
     add("--dtype", choices=DTYPES, default="auto")
     add("--device", default="auto")
     add("--threads", type=int, metavar="N", help="CPU threads of torch")

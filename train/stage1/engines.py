@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 
 from train.processes import Processes
@@ -30,11 +30,6 @@ class Taken(NamedTuple):
         return math.isfinite(self.norm) and math.isfinite(self.values["loss"])
 
 
-def by_deepspeed(processes: Processes) -> bool:
-    """Whether `accelerate launch` was given a DeepSpeed configuration."""
-    return processes.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
 class Plain:
     """AdamW over gradients that the processes average by hand."""
 
@@ -42,17 +37,18 @@ class Plain:
         self, denoiser: Denoiser, options: dict[str, Any], clip: float, processes: Processes
     ):
         self.denoiser, self.clip, self.processes = denoiser, clip, processes
-        self.optimizer = torch.optim.AdamW(denoiser.parameters(), **options)
+        self.optimizer = torch.optim.AdamW(
+            denoiser.parameters(), fused=processes.device.type == "cuda", **options
+        )
 
     def take(
-        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float, stop: bool
+        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float
     ) -> Taken:
         """One step of `count` micro-batches; none where a loss or gradient isn't finite."""
         trained = [p for p in self.denoiser.parameters() if p.requires_grad]
         values = objective.gradients(self.denoiser, samples, count)
         self.processes.average(trained)
-        # A signal may have reached one process only; all must stop after the same step.
-        means = self.processes.mean({**values, "stop": float(stop)})
+        means = self.processes.mean(values)
         norm = nn.utils.clip_grad_norm_(trained, self.clip)
         taken = Taken(means, float(norm))
         for group in self.optimizer.param_groups:
@@ -66,9 +62,9 @@ class Plain:
         """Write the run's state."""
         run.save_parts(step, network=self.denoiser, optimizer=self.optimizer, **parts)
 
-    def load(self, run: Run, **parts: Any) -> int:
-        """Put back the last complete state; the step it was saved at."""
-        return run.load_parts(network=self.denoiser, optimizer=self.optimizer, **parts)
+    def load(self, run: Run, path: Path | None, **parts: Any) -> int:
+        """Put back the last complete state, or a file's; the step it was saved at."""
+        return run.load_parts(path, network=self.denoiser, optimizer=self.optimizer, **parts)
 
 
 class DeepSpeed:
@@ -100,7 +96,7 @@ class DeepSpeed:
         self.engine, self.optimizer = a.prepare(denoiser, optimizer)
 
     def take(
-        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float, stop: bool
+        self, objective: Objective, samples: Iterable[Sample], count: int, rate: float
     ) -> Taken:
         """One step of `count` micro-batches. TrainingError where a loss isn't finite."""
         for group in self.optimizer.param_groups:
@@ -118,7 +114,7 @@ class DeepSpeed:
                 self.accelerator.backward(loss)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value / count
-        means = self.processes.mean({**sums, "stop": float(stop)})
+        means = self.processes.mean(sums)
         return Taken(means, float(self.engine.get_global_grad_norm() or 0.0))
 
     def save(self, run: Run, step: int, **parts: Any) -> None:
@@ -126,15 +122,27 @@ class DeepSpeed:
         folder = run.folder / f"deepspeed-{step}"
         self.engine.save_checkpoint(str(folder), tag="state")
         run.save_parts(step, **parts)
-        self.processes.wait()
-        if run.writes:
-            for old in run.folder.glob("deepspeed-*"):
-                if old != folder:
-                    shutil.rmtree(old)
 
-    def load(self, run: Run, **parts: Any) -> int:
-        """Put back the last complete state; the step it was saved at."""
-        step = run.load_parts(**parts)
+        def tidy() -> None:
+            # The newest two, as there are two states.
+            found = sorted(run.folder.glob("deepspeed-*"), key=lambda f: int(f.name.split("-")[1]))
+            for old in found[:-2]:
+                shutil.rmtree(old)
+
+        run.alone(tidy)
+
+    def load(self, run: Run, path: Path | None, **parts: Any) -> int:
+        """Put back the last complete state, or a file's; the step it was saved at.
+
+        TrainingError where it was saved by another number of processes.
+        """
+        step = run.load_parts(path, **parts)
+        if step and run.saved_with != self.processes.count:
+            raise TrainingError(
+                f"the state was saved by {run.saved_with} processes and this run has "
+                f"{self.processes.count}: DeepSpeed's states belong to their number; launch as many, "
+                "or begin another run from model.safetensors (--base)"
+            )
         if step:
             self.engine.load_checkpoint(str(run.folder / f"deepspeed-{step}"), tag="state")
         return step

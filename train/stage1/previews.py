@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +9,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from PIL import Image
 from torch import Tensor
 
 from gendr import schedule
 from gendr.networks.onestep import Unfolded
 from train import losses
-from train.data.stream import Batch, draw
+from train.data.stream import Batch, Purpose, draw
 from train.pixels import enlarge
-from train.stage1.step import POSTERIOR, autocast
+from train.sheets import eight_bit, write_sheet
+from train.stage1.step import autocast
 
 if TYPE_CHECKING:
     from train.stage1.networks import Foundation
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 TIMESTEPS = (100, 300, 500, 700, 900)
 TERMS = (300, 500)
 STEPS, GUIDANCE = 20, 3.0
+# Pictures on a sheet, and the side of each in pixels.
+COLUMNS, LARGEST = 4, 512
 
 
 class Preview:
@@ -47,7 +48,7 @@ class Preview:
         clean, self.features = self.objective.encode(self.batch.hr, self.batch.keys)
         damaged, _ = self.objective.encode(self.x, self.batch.keys)
         self.z = clean, damaged
-        noise = draw(self.batch.keys, clean.shape[1:], seed=0, purpose=POSTERIOR + 100)
+        noise = draw(self.batch.keys, clean.shape[1:], seed=0, purpose=Purpose.PREVIEW)
         self.eps = noise.eps.to(clean)
 
     def prompt(self, name: str) -> Tensor:
@@ -81,8 +82,8 @@ class Preview:
         if folder is None:
             return values, []
         sheets = [folder / "samples.png", folder / "step.png"]
-        write_sheet(sheets[0], self.samples())
-        write_sheet(sheets[1], self.x, self.one_step(), self.batch.hr)
+        write_sheet(sheets[0], [shown(self.samples())])
+        write_sheet(sheets[1], [shown(x) for x in (self.x, self.one_step(), self.batch.hr)])
         return values, sheets
 
     def error(self, z: Tensor, t: int, prompt: str) -> tuple[Tensor, Tensor | None]:
@@ -139,13 +140,9 @@ class Preview:
         )
 
 
-def write_sheet(path: Path, *rows: Tensor) -> None:
-    """Pictures b 3 h w in [-1, 1], one row each, as a PNG of at most 4 columns; written atomically."""
-    rows = tuple(row[:4].float().cpu().nan_to_num() for row in rows)
-    if rows[0].shape[-1] > 512:
-        rows = tuple(F.interpolate(row, size=512, mode="area") for row in rows)
-    image = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    array = (image.clamp(-1, 1) * 127.5 + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(np.ascontiguousarray(array)).save(part, format="PNG")
-    os.replace(part, path)
+def shown(pictures: Tensor) -> list[np.ndarray]:
+    """The first of b 3 h w in [-1, 1], large ones reduced, as uint8 h w 3."""
+    pictures = pictures[:COLUMNS].float().cpu()
+    if pictures.shape[-1] > LARGEST:
+        pictures = F.interpolate(pictures, size=LARGEST, mode="area")
+    return eight_bit(pictures)

@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from train import embeddings
-from train.data.stream import sample_generator
+from train.data.stream import Purpose, sample_generator
 from train.embeddings import NAMES, NEGATIVE, POSITIVE, TextEncoder
 
 Role = Literal["positive", "negative", "null"]
-# Purpose of the randomness here, see train.data.stream.
-WORDS = 7
 # Quality terms behind a caption; all of them would leave it no room in 77 tokens.
 TERMS = 4
 # Share of refinement samples that see the fixed prompt as it is exported instead of a caption or of
 # the damage in words: what inference uses must have been seen.
 FIXED = 0.5
-# What train.degrade notes, and how people call it.
+# What the degradations note, and how people call it.
 DAMAGE = (
     (r"iso |^blur ", "blurred"),
     (r"sinc ", "ringing"),
@@ -73,7 +71,7 @@ def from_encoder(encoder: TextEncoder) -> Fixed:
 
 
 def damage_in_words(trace: Sequence[str]) -> str:
-    """The steps that train.degrade noted, as negative terms: "low resolution, blurred, ..."."""
+    """The steps that the degradations noted, as negative terms: "low resolution, blurred, ..."."""
     words = [word for pattern, word in DAMAGE if any(re.search(pattern, step) for step in trace)]
     return ", ".join(["low quality", "low resolution", *words])
 
@@ -107,12 +105,19 @@ class Prompts:
         if encoder is not None:
             encoder.model.to(self.device, dtype)
 
-    def plain(self, captions: Sequence[str], drop: Tensor) -> Tensor:
-        """Captions, or the positive prompt without an encoder; the empty one where `drop` (b 1 1)."""
+    def plain(self, captions: Sequence[str], drop: Tensor, keys: Sequence[int]) -> Tensor:
+        """Captions, or the positive prompt without an encoder; the empty one where `drop` (b 1 1).
+
+        A picture without a caption has some of the quality terms: the empty prompt, which guidance
+        goes away from, must not come to mean "a good picture that nobody has described".
+        """
         if self.encoder is None:
             found = self.embeds["positive"].expand(len(captions), -1, -1)
         else:
-            found = self.encode(captions)
+            found = self.encode([
+                caption or with_terms("", sample_generator(self.seed, key, Purpose.WORDS))
+                for caption, key in zip(captions, keys, strict=True)
+            ])  # fmt: skip
         return torch.where(drop.to(self.device), self.embeds["null"], found)
 
     def refined(
@@ -128,7 +133,7 @@ class Prompts:
             return found
         rows, texts = [], []
         for n, (role, key) in enumerate(zip(roles, keys, strict=True)):
-            g = sample_generator(self.seed, key, WORDS)
+            g = sample_generator(self.seed, key, Purpose.WORDS)
             if role == "null" or float(torch.rand(1, generator=g)) < FIXED:
                 continue
             text = damage[n] if role == "negative" else with_terms(captions[n], g)
@@ -143,6 +148,4 @@ class Prompts:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Texts through the encoder, too long ones cut: b m d in float32."""
-        ids = [embeddings.tokenize(self.encoder, text, quiet=True)[0] for text in texts]
-        model = self.encoder.model
-        return model(torch.cat(ids).to(self.device)).last_hidden_state.float()
+        return embeddings.encode_all(self.encoder, texts)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +16,17 @@ from torch import Tensor, nn
 from gendr import schedule
 from gendr.networks.unet import UNet
 from gendr.networks.vae import VAE
-from gendr.schedule import Prediction
 from train import losses
-from train.data.stream import Batch, draw, sample_generator
+from train.data.stream import Batch, Purpose, draw, sample_generator
 from train.features import Aligned, DinoV2, Projector
 from train.losses import full
-from train.pixels import enlarge
+from train.pixels import enlarge, in_parts
 from train.stage1.prompts import Prompts, Role, damage_in_words
+from train.stage1.settings import Rules
 
-# Purposes of a sample's randomness, see train.data.stream.
-NOISE, POSTERIOR, ROLE, DROP = 1, 5, 6, 8
-FIRST, LAST = 0, schedule.STEPS - 1
-# Pixels that the autoencoder and DINOv2 see at a time; their maps are the largest of all.
-AT_A_TIME = 2**20
 # Shares of refinement (section 2.5 of the method): damaged pictures, and pictures without a prompt;
 # the rest are clean ones with quality terms.
 DAMAGED, EMPTY = 0.1, 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What decides the loss.
-
-    posterior: `mode` for autoencoders whose variance was never trained.
-    """
-
-    prediction: Prediction = "epsilon"
-    lambda_repa: float = 0.5
-    drop: float = 0.1
-    posterior: Literal["sample", "mode"] = "sample"
-    scale: int = 4
-    seed: int = 0
 
 
 class Sample(NamedTuple):
@@ -64,26 +43,20 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: UNet, projector: Projector | None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.network = (
-            nn.ModuleDict({"unet": unet}) if projector is None else Aligned(unet, projector)
-        )
+        self.network = Aligned(unet, projector)
         self.dtype = dtype
 
     @property
     def unet(self) -> UNet:
-        return (
-            self.network["unet"] if isinstance(self.network, nn.ModuleDict) else self.network.unet
-        )
+        return self.network.unet
 
     @property
     def projector(self) -> Projector | None:
-        return None if isinstance(self.network, nn.ModuleDict) else self.network.projector
+        return self.network.projector
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
         """(the network's estimate b c h w, projected tokens b n d or None)."""
         with autocast(z.device, self.dtype):
-            if self.projector is None:
-                return self.unet(z, t, context), None
             return self.network(z, t, context)
 
 
@@ -123,8 +96,8 @@ class Objective:
             damage = [damage_in_words(d.split("; ")) if d else "" for d in steps]
             context = self.prompts.refined(batch.captions, damage, roles, batch.keys)
         else:
-            drop = draw(batch.keys, (1,), seed=r.seed, purpose=DROP, drop=r.drop).drop
-            context = self.prompts.plain(batch.captions, drop)
+            drop = draw(batch.keys, (1,), seed=r.seed, purpose=Purpose.DROP, drop=r.drop).drop
+            context = self.prompts.plain(batch.captions, drop, batch.keys)
         z, features = self.encode(x, batch.keys)
         return Sample(z, context, features, batch.keys)
 
@@ -134,7 +107,7 @@ class Objective:
             raise ValueError("refinement needs damaged copies: give the stream a degradation")
         found: list[Role] = []
         for n, key in enumerate(batch.keys):
-            u = float(torch.rand(1, generator=sample_generator(self.rules.seed, key, ROLE)))
+            u = float(torch.rand(1, generator=sample_generator(self.rules.seed, key, Purpose.ROLE)))
             if batch.damage is None:
                 # Ready pairs have all copies: the number alone decides.
                 damaged, u = u < DAMAGED, (u - DAMAGED) / (1 - DAMAGED)
@@ -146,16 +119,17 @@ class Objective:
 
     def shown(self, batch: Batch, roles: Sequence[Role]) -> Tensor:
         """Clean pictures, or the enlarged damaged copy where the role is negative."""
-        damaged = torch.tensor([role == "negative" for role in roles])[:, None, None, None]
-        return torch.where(damaged, enlarge(batch.lr, self.rules.scale), batch.hr)
+        damaged = torch.tensor([role == "negative" for role in roles], device=batch.hr.device)
+        return torch.where(
+            damaged[:, None, None, None], enlarge(batch.lr, self.rules.scale), batch.hr
+        )
 
     @torch.no_grad()
     def encode(self, x: Tensor, keys: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Pictures b 3 h w -> (latents b c h/f w/f in float32 at least, features b n d or None)."""
         r, config = self.rules, self.vae.config
-        count = max(1, AT_A_TIME // (x.shape[-2] * x.shape[-1]))
-        latents, features = [], []
-        for n, part in enumerate(x.split(count)):
+        latents, features, first = [], [], 0
+        for part in in_parts(x):
             part = part.to(self.device)
             with autocast(self.device, self.dtype):
                 mean, logvar = self.vae.moments(part.to(next(self.vae.parameters()).dtype))
@@ -163,9 +137,10 @@ class Objective:
                     features.append(self.encoder(part).float())
             z, logvar = full(mean), full(logvar)
             if r.posterior == "sample":
-                mine = keys[n * count : n * count + len(part)]
-                noise = draw(list(mine), z.shape[1:], seed=r.seed, purpose=POSTERIOR)
+                mine = list(keys[first : first + len(part)])
+                noise = draw(mine, z.shape[1:], seed=r.seed, purpose=Purpose.POSTERIOR)
                 z = z + (0.5 * logvar).exp() * noise.eps.to(z)
+            first += len(part)
             latents.append((z - (config.shift_factor or 0.0)) * config.scaling_factor)
         return torch.cat(latents), torch.cat(features) if features else None
 
@@ -175,17 +150,17 @@ class Objective:
         """(L, what to log) of samples; the graph leads to the denoiser alone."""
         r = self.rules
         noise = draw(
-            list(s.keys), s.z.shape[1:], seed=r.seed, purpose=NOISE, first=FIRST, last=LAST,
+            list(s.keys), s.z.shape[1:], seed=r.seed, purpose=Purpose.NOISE,
             device=self.device,
         )  # fmt: skip
         eps = noise.eps.to(s.z)
-        a, b = losses.levels(noise.t, s.z)
+        a, b = schedule.levels(noise.t, s.z)
         z_t = schedule.add_noise(s.z, eps, a, b)
         out, tokens = denoiser(z_t, noise.t, s.context.to(s.z))
         target = eps if r.prediction == "epsilon" else schedule.velocity(s.z, eps, a, b)
         each = (full(out) - target).square().flatten(1).mean(1)
         loss = each.mean()
-        high, error = (noise.t > LAST / 2).to(each), each.detach()
+        high, error = (noise.t > (schedule.STEPS - 1) / 2).to(each), each.detach()
         values = {
             "diffusion": loss.detach(),
             "share_high": high.mean(),
@@ -228,7 +203,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor | None]:
         """(mean |eps_hat - eps|^2 per sample at timestep t, projected tokens), for validation."""
         steps = torch.full((len(z),), t, device=z.device)
-        a, b = losses.levels(steps, z)
+        a, b = schedule.levels(steps, z)
         z_t = schedule.add_noise(z, eps, a, b)
         out, tokens = denoiser(z_t, steps, context)
         out = full(out)

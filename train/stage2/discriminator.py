@@ -41,7 +41,7 @@ def features(scores: Scores, z_t: Tensor, t: Tensor, prompt: Tensor) -> dict[str
 class Head(nn.Sequential):
     """Features b c h w -> map of logits b 1 h w, zero before the first step."""
 
-    def __init__(self, channels: int, *, width: int = 256, groups: int = 32):
+    def __init__(self, channels: int, *, width: int, groups: int = 32):
         last = nn.Conv2d(width, 1, 1)
         # Both losses start at known values, and the generator gets no push from random heads.
         nn.init.zeros_(last.weight)
@@ -60,15 +60,15 @@ class Head(nn.Sequential):
 class Discriminator(nn.Module):
     """One head per chosen place; 0.92 M parameters on the middle of SD2.1, 4.19 M on all five.
 
-    at: names of `places`, `("mid",)` by default.
+    at: names of `places`; width: channels inside a head.
     """
 
     def __init__(
         self,
         config: UNetConfig,
         *,
-        at: tuple[str, ...] = ("mid",),
-        width: int = 256,
+        at: tuple[str, ...],
+        width: int,
         groups: int = 32,
     ):
         super().__init__()

@@ -18,10 +18,13 @@ from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet
 from gendr.networks.vae import VAE
 from train import layers
+from train.checkpointing import recompute_blocks
+from train.embeddings import TextEncoder, load_encoder
 from train.features import DinoV2, Projector
 from train.stage2.discriminator import Discriminator
-from train.stage2.scores import Adapter, Scores, recompute_blocks
-from train.stage2.step import Generator, rules
+from train.stage2.scores import Adapter, Scores
+from train.stage2.settings import Settings
+from train.stage2.step import Generator
 
 
 class AdapterState:
@@ -69,7 +72,8 @@ class Source:
 class Networks:
     """Everything that a run trains or looks at.
 
-    config, header: of what will be exported. prompt, null: of the scores, 1 m d.
+    config, header: of what will be exported. prompt, null: of the scores, 1 m d. text: where each
+    picture's caption is used instead of the prompt.
     """
 
     def __init__(
@@ -79,10 +83,12 @@ class Networks:
         scores: Scores | None,
         heads: Discriminator | None,
         encoder: DinoV2 | None,
+        text: TextEncoder | None,
         *,
         start: Source,
         base: Source,
     ):
+        self.text = text
         self.generator, self.vae, self.scores = generator, vae, scores
         self.heads, self.encoder = heads, encoder
         self.config, self.header = start.config, start.header
@@ -93,9 +99,9 @@ class Networks:
         self.null = None if null is None else null.to(device)
 
     @classmethod
-    def load(cls, settings: Any, device: torch.device) -> Networks:
+    def load(cls, settings: Settings, device: torch.device) -> Networks:
         """By the settings of train.cida. CheckpointError or ValueError name what doesn't fit."""
-        s, need = settings, rules(settings)
+        s, need = settings, settings.rules
         base = Source.read(s.base, "base")
         start = Source.read(s.generator, "generator") if s.generator else base
         check(s, base, start)
@@ -119,8 +125,8 @@ class Networks:
             unet = base.network(operations).to(device, torch.bfloat16 if bf16 else torch.float32)
             scores = Scores(
                 unet,
-                rank=s.rank,
-                alpha=s.alpha,
+                lora_rank=s.lora_rank,
+                lora_alpha=s.lora_alpha,
                 prediction=base.config.prediction_type,
                 recompute=s.recompute,
             ).to(device)
@@ -132,7 +138,21 @@ class Networks:
         if device.type == "cuda":
             for module in (generator, vae, *(m for m in (scores, heads) if m is not None)):
                 module.to(memory_format=torch.channels_last)
-        return cls(generator, vae, scores, heads, encoder, start=start, base=base)
+        text = None
+        if s.prompts == "captions":
+            text = load_encoder(s.text_encoder)
+            found = (text.tokenizer.model_max_length, text.model.config.hidden_size)
+            if found != (wanted := tuple(base.embeds["positive"].shape[1:])):
+                raise CheckpointError(
+                    f"{s.text_encoder} makes {found[0]} tokens of width {found[1]}, {s.base} was trained "
+                    f"with {wanted[0]} of {wanted[1]}: give the text encoder of its own stage 1"
+                )
+            text.model.to(device, torch.bfloat16 if bf16 else None)
+        if s.compile:
+            vae.encoder.compile()
+            if encoder is not None:
+                encoder.model.compile()
+        return cls(generator, vae, scores, heads, encoder, text, start=start, base=base)
 
     def trained(self) -> list[nn.Module]:
         """What must be the same in every process."""
@@ -155,9 +175,9 @@ class Networks:
         return self.start_embeds
 
 
-def check(settings: Any, base: Source, start: Source) -> None:
+def check(settings: Settings, base: Source, start: Source) -> None:
     """Whether base and generator belong together, and hold what the settings need."""
-    s, need = settings, rules(settings)
+    s, need = settings, settings.rules
     a, b = base.config, start.config
     same = a.vae == b.vae and all(
         torch.equal(base.vae[k], start.vae.get(k, torch.empty(0)))

@@ -3,31 +3,31 @@
 peft makes the adapters; the choice between them is made here. peft's own `set_adapter` takes the
 gradient away from the adapter that is not chosen, and a block that is recomputed in the backward
 pass would run with whatever is chosen by then: both are silent and wrong. `Scores.use` changes
-neither, and `recompute_blocks` brings the choice of the forward pass back.
+neither, and the contexts given to `recompute_blocks` bring the choice of the forward pass back.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gendr import schedule
 from gendr.networks.unet import UNet
 from gendr.schedule import Prediction
 from train import losses
+from train.atomic import replacing, write_text
+from train.checkpointing import recompute_blocks
 from train.losses import full
 
 Adapter = Literal["real", "fake"]
@@ -39,7 +39,6 @@ TARGETS = (
     "conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out",
 )  # fmt: skip
 PEFT_PREFIX = "base_model.model."
-Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 
 class Pull(NamedTuple):
@@ -65,44 +64,6 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for p in trained:
             p.requires_grad_(True)
-
-
-def drop_prompt(
-    prompt: Tensor, null: Tensor, count: int, probability: float, generator: torch.Generator
-) -> Tensor:
-    """The prompt for `count` samples, the empty one in its place with this probability: count m d.
-
-    Without it nothing trains f(z_t; null), and guidance away from it becomes noise.
-    """
-    drawn = torch.rand(count, generator=generator, device=generator.device)
-    drop = (drawn < probability).to(prompt.device)[:, None, None]
-    return torch.where(drop, null, prompt.expand(count, -1, -1))
-
-
-def recompute_blocks(unet: UNet, contexts: Contexts | None = None) -> None:
-    """Gradient checkpointing: every residual block with its transformer is recomputed in backward.
-
-    contexts: makes (forward, recompute) contexts, called in the forward pass of each block.
-    """
-    # Not whole levels: those of the decoder side take from a list, which is empty the second time.
-    for level in (*unet.down_blocks, *unet.up_blocks):
-        _recompute(level, "block", contexts)
-    _recompute(unet.mid_block, "forward", contexts)
-
-
-def _recompute(module: nn.Module, name: str, contexts: Contexts | None) -> None:
-    plain = getattr(type(module), name)
-    options = {"context_fn": contexts} if contexts else {}
-
-    def run(self: nn.Module, *args: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return plain(self, *args)
-        # Nothing in these networks draws random numbers, so there is no state to keep.
-        return checkpoint(
-            plain, self, *args, use_reentrant=False, preserve_rng_state=False, **options
-        )
-
-    setattr(module, name, types.MethodType(run, module))
 
 
 def _in_full(module: nn.Module) -> None:
@@ -136,17 +97,18 @@ class Scores(nn.Module):
         self,
         unet: UNet,
         *,
-        rank: int = 64,
-        alpha: float = 128,
-        prediction: Prediction = "epsilon",
+        lora_rank: int,
+        lora_alpha: float,
+        prediction: Prediction,
         recompute: bool = False,
     ):
         """prediction: what the UNet predicts; recompute: gradient checkpointing."""
         super().__init__()
-        self.rank, self.alpha, self.prediction = rank, alpha, prediction
+        self.recompute = recompute
+        self.lora_rank, self.lora_alpha, self.prediction = lora_rank, lora_alpha, prediction
         self.dtype = unet.conv_in.weight.dtype
         self.unet = unet.requires_grad_(False)
-        self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))
+        self.config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=list(TARGETS))
         with warnings.catch_warnings():
             # peft warns of what is wanted here: more than one adapter.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -166,6 +128,7 @@ class Scores(nn.Module):
             _in_full(module)
         if recompute:
             recompute_blocks(unet, lambda: (nullcontext(), self.use(self.selected)))
+        self.casts = True
         self.selected: Adapter | None = None
         self._select(None)
 
@@ -197,11 +160,16 @@ class Scores(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, prompt: Tensor, adapter: Adapter | None) -> Tensor:
         """Noise estimate of z_t (b c h w) at timesteps t (b) under a prompt (1 or b, m d): b c h w."""
         prompt = prompt.expand(z_t.shape[0], -1, -1)
+        # peft turns every input into the adapter's float32, which autocast then turns back.
+        if (casts := not torch.is_autocast_enabled(z_t.device.type)) != self.casts:
+            self.casts = casts
+            for layer in self.layers:
+                layer.cast_input_dtype_enabled = casts
         with self.use(adapter):
             out = full(self.unet(z_t.to(self.dtype), t, prompt.to(self.dtype)))
         if self.prediction == "epsilon":
             return out
-        return schedule.eps_from_v(full(z_t), out, *losses.levels(t, z_t))
+        return schedule.eps_from_v(full(z_t), out, *schedule.levels(t, z_t))
 
     def guided(
         self,
@@ -229,7 +197,7 @@ class Scores(nn.Module):
             # Guidance of the noise estimates is guidance of the clean latents: one is affine in the
             # other with the same coefficients for both prompts.
             eps = empty + kappa * (conditional - empty)
-        return schedule.x0_from_eps(full(z_t), eps, *losses.levels(t, z_t))
+        return schedule.x0_from_eps(full(z_t), eps, *schedule.levels(t, z_t))
 
     def pull(
         self,
@@ -244,14 +212,15 @@ class Scores(nn.Module):
         kappa_real: float = 2.0,
         kappa_fake: float = 2.0,
     ) -> Pull:
-        """`losses.distillation` and its gradient at z_g, with one UNet graph alive at a time.
+        """`losses.distillation` and its gradient at z_g, without a graph from one to the other.
 
-        z_g, z_h, eps: b c h w; t: b. z_t = a z_g + b eps goes to both networks. The fake score is
-        evaluated without a graph, the real one with its own; from both values come the loss's
-        cotangents, which are then pulled back through the real network and, after its graph is gone, through
-        the fake one. Finish with `z_g.backward(factor * gradient)`.
+        z_g, z_h, eps: b c h w; t: b. z_t = a z_g + b eps goes to both networks; from their values come
+        the loss's cotangents, which are then pulled back through each network by itself. With
+        gradient checkpointing, where a graph holds little, both are kept meanwhile. Without it only
+        one is alive at a time: the fake score is evaluated for its value first, and again with a
+        graph once that of the real one is gone. Finish with `z_g.backward(factor * gradient)`.
         """
-        z_g, (a, b) = full(z_g).detach(), losses.levels(t, z_g)
+        z_g, (a, b) = full(z_g).detach(), schedule.levels(t, z_g)
         z_t = schedule.add_noise(z_g, full(eps), a, b)
         kappas = {"real": kappa_real, "fake": kappa_fake}
 
@@ -262,16 +231,18 @@ class Scores(nn.Module):
             return z, f
 
         with frozen(self):
-            _, f_fake = evaluate("fake", graph=False)
+            once = self.recompute and "fake" in config.through
+            z_fake, fake_of = evaluate("fake", graph=once)
             z, f = evaluate("real", graph="real" in config.through)
-            f_real = f.detach()
+            f_real, f_fake = f.detach(), fake_of.detach()
             loss, real, fake, gradient = losses.cotangents(f_real, f_fake, z_g, z_h, config)
             if real is not None:
                 gradient = gradient + a * torch.autograd.grad(f, z, real)[0]
             del z, f
             if fake is not None:
-                z, f = evaluate("fake", graph=True)
-                gradient = gradient + a * torch.autograd.grad(f, z, fake)[0]
+                if not once:
+                    z_fake, fake_of = evaluate("fake", graph=True)
+                gradient = gradient + a * torch.autograd.grad(fake_of, z_fake, fake)[0]
         return Pull(loss, gradient, f_real, f_fake)
 
     def adapter_state(self, adapter: Adapter) -> dict[str, Tensor]:
@@ -307,23 +278,21 @@ class Scores(nn.Module):
         for adapter in ADAPTERS:
             place = Path(folder) / adapter
             place.mkdir(parents=True, exist_ok=True)
-            part = place / "adapter_config.json.part"
-            part.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(part, part.with_suffix(""))
-            part = place / "adapter_model.safetensors.part"
+            config = json.dumps(facts, indent=1, sort_keys=True) + "\n"
+            write_text(place / "adapter_config.json", config)
             state = {k: v.cpu().contiguous() for k, v in self.adapter_state(adapter).items()}
-            metadata = {"format": "pt", "lora_alpha": str(self.alpha), "adapter": adapter}
-            save_file(state, part, metadata=metadata)
-            os.replace(part, part.with_suffix(""))
+            metadata = {"format": "pt", "lora_alpha": str(self.lora_alpha), "adapter": adapter}
+            with replacing(place / "adapter_model.safetensors") as part:
+                save_file(state, part, metadata=metadata)
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` wrote. ValueError where rank, alpha or network differ."""
         for adapter in ADAPTERS:
             place = Path(folder) / adapter
             facts = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-            if (facts["r"], facts["lora_alpha"]) != (self.rank, self.alpha):
+            if (facts["r"], facts["lora_alpha"]) != (self.lora_rank, self.lora_alpha):
                 raise ValueError(
                     f"{place} has rank {facts['r']} and alpha {facts['lora_alpha']}, expected "
-                    f"{self.rank} and {self.alpha}: give the run the settings it began with"
+                    f"{self.lora_rank} and {self.lora_alpha}: give the run the settings it began with"
                 )
             self.load_adapter_state(adapter, load_file(place / "adapter_model.safetensors"))

@@ -8,11 +8,9 @@ apart. Each loss reaches its own parameters alone. All noise belongs to samples 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,55 +20,25 @@ from gendr import schedule
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import UNet
 from train import losses
-from train.data.stream import Draw, draw
+from train.data.stream import Draw, Purpose, draw
 from train.features import Aligned, Projector
-from train.losses import Distillation, Weights, full
+from train.losses import full
 from train.processes import Processes
 from train.stage2 import discriminator
 from train.stage2.discriminator import Discriminator
 from train.stage2.scores import Adapter, Scores, frozen
-
-# What a sample's noise is for: never the same twice.
-FAKE, REAL, JUDGE, PULL = 1, 2, 3, 4
+from train.stage2.settings import Rules
 
 
 class Sample(NamedTuple):
-    """A micro-batch in latent space: z_l, z_h b c h w; features b n d of the clean picture or None."""
+    """A micro-batch in latent space: z_l, z_h b c h w; features b n d of the clean picture or None;
+    context b m d, what the scores and heads are told of each, or None for the run's prompt."""
 
     z_l: Tensor
     z_h: Tensor
     features: Tensor | None
     keys: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What an iteration computes. kappa: guidance of each score; drop: share of empty prompts.
-
-    train_real: whether phi follows z_h (CiD) or stays the base (VSD, SiD). weighting: of the score
-    losses. first_step, last_step: range of timesteps. clean_judge: heads see latents without noise.
-    """
-
-    distillation: Distillation = field(default_factory=Distillation)
-    weights: Weights = field(default_factory=Weights)
-    kappa_real: float = 2.0
-    kappa_fake: float = 2.0
-    drop: float = 0.1
-    train_real: bool = True
-    weighting: losses.Weighting = "eps"
-    first_step: int = losses.FIRST_STEP
-    last_step: int = losses.LAST_STEP
-    clean_judge: bool = False
-
-    @property
-    def scores(self) -> bool:
-        """Whether the score networks are needed at all."""
-        return bool(self.weights.lambda1 or self.weights.lambda1_late)
-
-    @property
-    def judge(self) -> bool:
-        """Whether the discriminator is."""
-        return bool(self.weights.lambda2)
+    context: Tensor | None = None
 
 
 class Generator(nn.Module):
@@ -84,19 +52,18 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.unet = unet if projector is None else Aligned(unet, projector)
+        self.network = Aligned(unet, projector)
         self.register_buffer("prompt", prompt.detach().clone())
 
     @property
-    def network(self) -> UNet:
+    def unet(self) -> UNet:
         """The UNet alone, as a checkpoint holds it."""
-        return self.unet.unet if isinstance(self.unet, Aligned) else self.unet
+        return self.network.unet
 
     def forward(self, z_l: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latent b c h w -> (z_g b c h w in float32 at least, tokens b n d or None)."""
         prompt = self.prompt.expand(z_l.shape[0], -1, -1)
-        out = self.unet(z_l, self.config.t_start, prompt)
-        out, tokens = out if isinstance(out, tuple) else (out, None)
+        out, tokens = self.network(z_l, self.config.t_start, prompt)
         skip, scale = self.config.coefficients
         return skip * full(z_l) + scale * full(out), tokens
 
@@ -149,7 +116,7 @@ class Iteration:
         kind = self.prompt.device.type
         return torch.autocast(kind, self.dtype, enabled=self.dtype is not None)
 
-    def draw(self, like: Sample, purpose: int) -> Draw:
+    def draw(self, like: Sample, purpose: Purpose) -> Draw:
         """This micro-batch's noise."""
         r, z = self.rules, like.z_h
         return draw(
@@ -163,6 +130,12 @@ class Iteration:
             device=z.device,
             dtype=z.dtype,
         )
+
+    def told(self, s: Sample) -> Tensor:
+        """Prompts of the scores and heads: b m d."""
+        if s.context is not None:
+            return s.context
+        return self.prompt.expand(len(s.keys), -1, -1)
 
     def trained(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the optimiser that owns them."""
@@ -185,9 +158,9 @@ class Iteration:
             with torch.no_grad(), self.autocast():
                 z_g = self.generator(s.z_l)[0]
             if self.rules.scores:
-                self._match(log, s, "fake", z_g, FAKE)
+                self._match(log, s, "fake", z_g, Purpose.FAKE)
                 if self.rules.train_real:
-                    self._match(log, s, "real", s.z_h, REAL)
+                    self._match(log, s, "real", s.z_h, Purpose.REAL)
             if self.rules.judge:
                 self._judge(log, s, z_g)
         for name, parameters in self.trained().items():
@@ -195,10 +168,10 @@ class Iteration:
                 self.processes.average(parameters)
         return log.means(self.processes)
 
-    def _match(self, log: Log, s: Sample, adapter: Adapter, z: Tensor, purpose: int) -> None:
+    def _match(self, log: Log, s: Sample, adapter: Adapter, z: Tensor, purpose: Purpose) -> None:
         noise = self.draw(s, purpose)
-        a, b = losses.levels(noise.t, z)
-        prompt = self.prompt.expand(len(s.keys), -1, -1)
+        a, b = schedule.levels(noise.t, z)
+        prompt = self.told(s)
         if self.null is not None:
             prompt = torch.where(noise.drop, self.null, prompt)
         z_t = schedule.add_noise(full(z), noise.eps, a, b)
@@ -220,15 +193,17 @@ class Iteration:
         """What the heads look at, and at which timestep."""
         if self.rules.clean_judge:
             return full(z), torch.zeros_like(noise.t)
-        return schedule.add_noise(full(z), noise.eps, *losses.levels(noise.t, z)), noise.t
+        return schedule.add_noise(full(z), noise.eps, *schedule.levels(noise.t, z)), noise.t
 
     def _judge(self, log: Log, s: Sample, z_g: Tensor) -> None:
         # The same timestep and noise for both, so that nothing but the latent tells them apart.
-        noise = self.draw(s, JUDGE)
+        noise = self.draw(s, Purpose.JUDGE)
         found = []
         for z in (s.z_h, z_g):
             with torch.no_grad(), self.autocast():
-                features = discriminator.features(self.scores, *self._noised(z, noise), self.prompt)
+                features = discriminator.features(
+                    self.scores, *self._noised(z, noise), self.told(s)
+                )
             with self.autocast():
                 found.append(self.heads(features))
         loss = losses.discriminator(*found)
@@ -256,7 +231,7 @@ class Iteration:
         weights, z_h = self.rules.weights, full(s.z_h)
         with self.autocast():
             z_g, tokens = self.generator(s.z_l)
-        noise = self.draw(s, PULL)
+        noise = self.draw(s, Purpose.PULL)
         leaf = z_g.detach().requires_grad_()
         lambda1 = weights.lambda1_at(step)
         parts: dict[str, Tensor] = {}
@@ -268,7 +243,7 @@ class Iteration:
                     noise.eps,
                     noise.t,
                     self.rules.distillation,
-                    self.prompt,
+                    self.told(s),
                     null=self.null,
                     kappa_real=self.rules.kappa_real,
                     kappa_fake=self.rules.kappa_fake,
@@ -279,7 +254,7 @@ class Iteration:
         if weights.lambda2:
             with self.autocast():
                 features = discriminator.features(
-                    self.scores, *self._noised(leaf, noise), self.prompt
+                    self.scores, *self._noised(leaf, noise), self.told(s)
                 )
                 adv = losses.adversarial(self.heads(features))
             parts["adv"] = weights.lambda2 * torch.autograd.grad(adv, leaf)[0]
@@ -304,17 +279,3 @@ class Iteration:
             )
         else:
             z_g.backward(gradient.to(z_g.dtype))
-
-
-def rules(settings: object) -> Rules:
-    """`Rules` from a script's settings, by the names of their fields."""
-
-    def pick(kind: type) -> dict[str, object]:
-        names = {f.name for f in dataclasses.fields(kind)}
-        return {n: getattr(settings, n) for n in names if hasattr(settings, n)}
-
-    return Rules(
-        **pick(Rules),
-        distillation=Distillation(**pick(Distillation)),
-        weights=Weights(**pick(Weights)),
-    )

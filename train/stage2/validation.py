@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,34 +12,47 @@ from torch import Tensor
 from gendr.model import GenDR
 from train.evaluation import metrics, testset
 from train.evaluation.methods import read_rgb, rgb8
+from train.evaluation.niqe import Niqe
+from train.sheets import eight_bit, write_sheet
 
 # Pictures on a sheet, and what is shown of each, pixels.
 SHOWN, SIDE = 6, 320
-NAMES = ("psnr", "ssim", "sharp", "lr_psnr")
+NAMES = ("psnr", "ssim", "sharp", "lr_psnr", "niqe")
 
 
 class Validation:
-    """Damaged pictures with their clean originals, or None where there is none: uint8 h w 3."""
+    """Damaged pictures with their clean originals, or None where there is none: uint8 h w 3.
 
-    def __init__(self, damaged: Sequence[np.ndarray], clean: Sequence[np.ndarray | None]):
-        self.damaged, self.clean = damaged, clean
+    niqe: measures results without an original too.
+    """
+
+    def __init__(
+        self,
+        damaged: Sequence[np.ndarray],
+        clean: Sequence[np.ndarray | None],
+        niqe: Niqe | None = None,
+    ):
+        self.damaged, self.clean, self.niqe = damaged, clean, niqe
 
     @classmethod
-    def from_folders(cls, data: str | Path, reference: str | Path | None = None) -> Validation:
+    def from_folders(
+        cls, data: str | Path, reference: str | Path | None = None, niqe: Niqe | None = None
+    ) -> Validation:
         """Pictures by name, with originals of the same names. InputError where none fit."""
         items, _ = testset.pair(Path(data), Path(reference) if reference else None, None)
         return cls(
             [read_rgb(item.source) for item in items],
             [read_rgb(item.reference) if item.reference else None for item in items],
+            niqe,
         )
 
     @classmethod
-    def from_batch(cls, lr: Tensor, hr: Tensor) -> Validation:
+    def from_batch(cls, lr: Tensor, hr: Tensor, niqe: Niqe | None = None) -> Validation:
         """Of training pictures, b 3 h w in [-1, 1]."""
-        return cls(*([rgb8((p[None] + 1) / 2) for p in batch] for batch in (lr, hr)))
+        return cls(eight_bit(lr), eight_bit(hr), niqe)
 
     def scores(self, model: GenDR, sheet: Path | None = None) -> dict[str, float]:
-        """Means over the pictures of psnr, ssim, sharp (against the original) and lr_psnr.
+        """Means over the pictures of psnr, ssim, sharp (against the original), lr_psnr and niqe.
 
         sheet: a PNG of the first pictures, one column each: enlarged input, result, original.
         """
@@ -49,10 +61,12 @@ class Validation:
         for damaged, clean in zip(self.damaged, self.clean, strict=True):
             scale = model.scale if clean is None else clean.shape[1] / damaged.shape[1]
             image = metrics.as_tensor(damaged)
-            result = rgb8(model.restore(image, scale, color_fix="none"))
+            result = rgb8(model.restore(image, scale, color_fix="none", fidelity=0.0))
             values = metrics.against_input(result, damaged)[0]
             if clean is not None:
                 values |= metrics.against_reference(result, clean)[0]
+            if self.niqe is not None:
+                values["niqe"] = self.niqe(result)
             for name in NAMES:
                 if values.get(name) is not None:
                     found.setdefault(name, []).append(values[name])
@@ -61,18 +75,5 @@ class Validation:
                 enlarged = Image.fromarray(damaged).resize(size, Image.Resampling.BICUBIC)
                 columns.append([np.asarray(enlarged), result, clean])
         if sheet:
-            write_sheet(sheet, columns)
+            write_sheet(sheet, list(zip(*columns, strict=True)), side=SIDE)
         return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def write_sheet(path: Path, columns: list[list[np.ndarray | None]]) -> None:
-    """Pictures uint8 h w 3 as a PNG, a list per column; their top-left parts, written atomically."""
-    pictures = [p for column in columns for p in column if p is not None]
-    height, width = (min(SIDE, *(p.shape[axis] for p in pictures)) for axis in (0, 1))
-    rows = []
-    for line in zip(*columns, strict=True):
-        blank = np.full((height, width, 3), 128, np.uint8)
-        rows.append(np.concatenate([blank if p is None else p[:height, :width] for p in line], 1))
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
-    os.replace(part, path)

@@ -1,0 +1,162 @@
+"""What a run keeps: states, settings that may change, averages every few steps, files with usual modes."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+
+import pytest
+import torch
+from torch import nn
+from two import run_two
+
+from train.atomic import replacing
+from train.run import Average, Run, TrainingError, rate
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_get_the_usual_mode_whoever_writes_them(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with replacing(tmp_path / "private") as part:
+        os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert mode(tmp_path / "private") == mode(tmp_path / "plain")
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as part:
+            part.write_text("new")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def state(run, name="state.pt"):
+    return torch.load(run.folder / name, weights_only=True)["step"]
+
+
+def test_the_state_before_the_last_one_stays_and_can_be_resumed(tmp_path):
+    run, module = Run(tmp_path, {}), nn.Linear(1, 1)
+    for step in (1, 2, 3):
+        nn.init.constant_(module.weight, step)
+        run.save_parts(step, module=module)
+    assert (state(run), state(run, "state-previous.pt")) == (3, 2)
+    assert run.load_parts(tmp_path / "state-previous.pt", module=module) == 2
+    assert float(module.weight) == 2
+    with pytest.raises(TrainingError, match="there is no state"):
+        run.load_parts(tmp_path / "none.pt", module=module)
+
+
+def test_a_state_of_a_bad_stretch_does_not_replace_the_good_one(tmp_path):
+    run, module = Run(tmp_path, {}), nn.Linear(1, 1)
+    run.accept(1.0)
+    run.save_parts(1, module=module)
+    for step in (2, 3, 4):
+        run.accept(100.0)
+        run.save_parts(step, module=module)
+    assert (state(run), state(run, "state-previous.pt")) == (4, 1)
+    # And a run that was resumed in it remembers.
+    again = Run(tmp_path, {})
+    again.load_parts(module=module)
+    again.accept(100.0)
+    again.save_parts(5, module=module)
+    assert (state(again), state(again, "state-previous.pt")) == (5, 1)
+
+
+def test_divergence_names_the_command_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.run.DIVERGED_STEPS", 2)
+    run = Run(tmp_path, {"lr": 1.0})
+    run.accept(1.0)
+    run.accept(100.0)
+    with pytest.raises(TrainingError, match=r"--state .*state-previous\.pt --accept lr --lr"):
+        run.accept(100.0)
+    with pytest.raises(TrainingError, match="another lr"):
+        Run(tmp_path, {"lr": 0.5})
+    Run(tmp_path, {"lr": 0.5}, accept=("lr",))
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.5
+
+
+def test_a_state_is_due_by_steps_or_by_minutes(tmp_path):
+    run = Run(tmp_path, {})
+    assert [run.due(step, 3, 0.0) for step in (1, 2, 3)] == [False, False, True]
+    assert not run.due(1, 1000, 5.0)
+    run.saved_at = time.monotonic() - 301
+    assert run.due(1, 1000, 5.0)
+    run.save_parts(1)
+    assert not run.due(2, 1000, 5.0)
+
+
+def test_an_average_every_few_steps_takes_their_decay(monkeypatch):
+    """Where the weights stand still between updates, once with decay^k is k times with decay."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    each, seldom = Average(module, 0.9), Average(module, 0.9, every=4)
+    for kept in (each, seldom):
+        # Behind the warm-up, where the decay is the one asked for.
+        kept.ema.optimization_step = 10_000
+    nn.init.ones_(module.weight)
+    for _ in range(8):
+        each.update()
+        seldom.update()
+    a, b = (float(k.ema.shadow_params[0]) for k in (each, seldom))
+    assert a == pytest.approx(1 - 0.9**8, rel=1e-5)
+    assert b == pytest.approx(a, rel=1e-5)
+
+
+def test_an_average_resumes_in_the_middle_of_its_steps():
+    module = nn.Linear(1, 1)
+    whole, part = Average(module, 0.9, every=3), Average(module, 0.9, every=3)
+    for n in range(7):
+        nn.init.constant_(module.weight, n)
+        whole.update()
+        part.update()
+        if n == 3:
+            again = Average(module, 0.9, every=3)
+            again.load_state_dict(part.state_dict())
+            part = again
+    assert torch.equal(whole.ema.shadow_params[0], part.ema.shadow_params[0])
+
+
+@pytest.mark.parametrize("kind", ["constant_with_warmup", "cosine"])
+def test_no_step_is_taken_at_a_rate_of_zero(kind):
+    rates = [rate(2.0, n, kind=kind, warmup=4, steps=20) for n in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert min(rates) > 0
+    assert rates[4] == 2.0
+    assert (rates[-1] == 2.0) == (kind == "constant_with_warmup")
+    assert rate(1.0, 0, kind=kind, warmup=0, steps=5) == 1.0
+
+
+ALONE = """
+import sys
+sys.path[:0] = ["."]
+from train.processes import Processes, TrainingError
+p = Processes("cpu")
+assert p.alone(lambda: 7) == (7 if p.first else None)
+def fail():
+    raise OSError("the disk is full")
+try:
+    p.alone(fail)
+except OSError as error:
+    assert p.first
+except TrainingError as error:
+    assert not p.first and "the disk is full" in str(error)
+else:
+    sys.exit("went on")
+assert p.any(p.first) and not p.any(False)
+"""
+
+
+def test_what_stops_the_first_process_stops_all():
+    run_two(ALONE, [])
