@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import os
 import re
 import unicodedata
@@ -51,6 +52,7 @@ class Found:
             self.skipped[ending] += 1
 
 
+@functools.lru_cache
 def other_endings() -> frozenset[str]:
     Image.init()
     return OTHERS | frozenset(video.SUFFIXES) | {e for e in Image.EXTENSION if e not in PICTURES}
