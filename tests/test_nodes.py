@@ -480,10 +480,39 @@ def management(monkeypatch):
     def empty():
         fake.emptied += 1
 
+    class ProgressBar:
+        """The node's bar: what it was told."""
+
+        def __init__(self, total):
+            self.total = total
+            fake.bars.append(self)
+            self.told = []
+
+        def update_absolute(self, value, total, preview):
+            self.told.append((value, total, preview))
+
+    fake.bars = []
     fake.soft_empty_cache = empty
+    comfy = SimpleNamespace(utils=SimpleNamespace(ProgressBar=ProgressBar))
+    monkeypatch.setattr(host, "comfy", comfy, raising=False)
     monkeypatch.setattr(host, "management", fake, raising=False)
     monkeypatch.setattr(host, "HOSTED", True)
     return fake
+
+
+def test_the_bar_of_the_node_moves_only_forward_and_shows_a_preview(management, model, monkeypatch):
+    monkeypatch.setattr(host, "PREVIEW_SECONDS", 0)
+    result = model.gendr.restore(
+        picture(32, 32).movedim(-1, 1), 4, tile=64, progress=host.Progress()
+    )
+    (bar,) = management.bars
+    values = [value for value, _, _ in bar.told]
+    assert values == sorted(values)
+    assert values[-1] == bar.total == host.BAR
+    kind, drawn, limit = bar.told[-1][2]
+    assert (kind, limit) == ("JPEG", host.PREVIEW_PIXELS)
+    shown = np.asarray(drawn).astype(int)
+    assert np.abs(shown - (result[0] * 255).round().movedim(0, -1).numpy()).max() <= 1
 
 
 def test_memory_to_plan_with(management):
