@@ -149,7 +149,7 @@ def vae_config(state: dict[str, Tensor]) -> VAEConfig:
         latent_channels=latent,
         block_out_channels=widths,
         layers_per_block=layers,
-        quant_conv="quant_conv.weight" in state,
+        quant_conv=any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in state),
         mid_attention=any(".mid_block.attentions." in k or ".mid.attn_1." in k for k in state),
         scaling_factor=0.18215 if latent == 4 else VAEConfig().scaling_factor,
     )
