@@ -99,7 +99,7 @@ def test_a_card_does_not_help_a_full_main_memory():
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("free", [2.5, 6])
+@pytest.mark.parametrize("free", [3.5, 6])
 def test_the_scale_that_is_named_fits_and_the_next_one_does_not(picture, free):
     try:
         planned(picture, free * GIB)
