@@ -58,6 +58,17 @@ def test_the_state_before_the_last_one_stays_and_can_be_resumed(tmp_path):
         run.load_parts(tmp_path / "none.pt", module=module)
 
 
+def test_a_state_of_other_networks_is_a_sentence(tmp_path):
+    Run(tmp_path, {}).save_parts(1, module=nn.Linear(1, 1))
+    run = Run(tmp_path, {})
+    with pytest.raises(
+        TrainingError, match=r"the module of .*state\.pt is of another version or of"
+    ):
+        run.load_parts(module=nn.Linear(2, 1))
+    with pytest.raises(TrainingError, match="holds no other"):
+        run.load_parts(other=nn.Linear(1, 1))
+
+
 def test_a_state_of_a_bad_stretch_does_not_replace_the_good_one(tmp_path):
     run, module = Run(tmp_path, {}), nn.Linear(1, 1)
     run.accept(1.0)

@@ -75,7 +75,8 @@ def test_in_the_default_path_no_step_is_large(plain):
     _, report, seen, _ = watched(plain, picture())
     assert report.mode == "latent_tiles"
     shares = torch.tensor([0.0] + [progress.share for progress in seen])
-    assert shares.diff().max() < 0.25
+    # The last one is for what follows the network, which is much beside so small a network.
+    assert shares[:-1].diff().max() < 0.25
     # Before the first tile of the UNet there is something to see on the bar already.
     assert sum(progress.done == 0 for progress in seen) > 3
 

@@ -150,7 +150,14 @@ class Run:
                     f"{path or self.state_path} holds no {name}: it is of another version or kind of "
                     "run; give another --out"
                 )
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise TrainingError(
+                    f"the {name} of {path or self.state_path} is of another version or of other networks "
+                    f"than this run: give another --out ({first})"
+                ) from error
         for name, value in state.get("watch", {}).items():
             setattr(self, name, value)
         self.good, self.saved_with = self.bad == 0, state.get("world", 1)

@@ -37,7 +37,7 @@ SAVED = sorted((ROOT / "tests" / "saved").glob("*.json"))
 MODEL, SECOND = "random.safetensors", "second.safetensors"
 # What is in a checkout but not in a pack, and is large or would be loaded for nothing.
 NOT_INSTALLED = shutil.ignore_patterns(".*", "__pycache__", "runs", "datasets", "*.egg-info")
-START_SECONDS = 180
+START_SECONDS = 600
 RUN_SECONDS = 300
 
 
