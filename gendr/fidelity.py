@@ -26,8 +26,10 @@ BAND, SEGMENT, MARGIN = 5, 256, 32
 
 # Side of the windows, in pixels of the input, in which what the result has lost is told from damage.
 TRUST_WINDOW = 7
-# What JPEG has changed lies where the detail is, and looks worse than noise of its energy.
-JPEG_WEIGHT = 1.2
+# What coarse rounding by JPEG has changed shows as blocks and rings, and counts for more than noise of
+# its energy; what fine rounding has changed shows less. The weight of the coarsest, and the
+# quantisation of which it is half.
+JPEG_WEIGHT, JPEG_HALF = 1.5, 0.2
 # Up to the first blur (pixels) a picture counts as sharp; from the second on it says nothing of the
 # detail.
 SHARP, BLURRED = 0.6, 1.6
@@ -169,7 +171,8 @@ def trust(image: Tensor, result: Tensor, damage: Damage, noise: Tensor) -> Tenso
     """
     difference = ((image.float() - result.float()) * LEVELS).square().mean(1, keepdim=True)
     energy = box(difference, TRUST_WINDOW)
-    variance = noise.square() + (JPEG_WEIGHT * damage.compression) ** 2
+    coarse = damage.quantisation / (damage.quantisation + JPEG_HALF)
+    variance = noise.square() + (JPEG_WEIGHT * coarse * damage.compression) ** 2
     share = (1 - variance / energy.clamp(min=1e-6)).clamp(0, 1)
     return box(share, 3) * sharpness(damage.blur)
 

@@ -231,7 +231,7 @@ def test_more_damage_is_never_trusted_more(measured):
     shares = []
     for amount in (0, 0.4, 0.8, 1.2, 2, 5, 10, 30):
         noise = torch.full((1, 1, 1, 1), float(amount) if measured == "noise" else 0.0)
-        damage = Damage(**{measured: amount})
+        damage = Damage(**{measured: amount}, quantisation=float(amount))
         shares.append(float(fidelity.trust(picture, result, damage, noise).mean()))
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.9
