@@ -8,8 +8,8 @@ result = model.restore(image, scale=4)     # b c h w in [0, 1]
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as `typing` has it, which takes its time to import
 if TYPE_CHECKING:
     from .fidelity import difference
     from .files.checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save
@@ -75,7 +75,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     home = HOMES.get(name)
     if home is not None:
         value = globals()[name] = getattr(import_module(f".{home}", __name__), name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Any
 
 STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -25,7 +24,7 @@ def main() -> int:
     return command()
 
 
-def leave(*_: Any) -> None:
+def leave(*_: object) -> None:
     """End at once: nothing has been begun."""
     try:
         os.write(2, b"gendr: stopped\n")

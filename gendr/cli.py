@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pictures
-from .commands import compare, convert, doctor, jobs, trouble, upscale, words
+from .commands import compare, convert, doctor, jobs, trouble, upscale, video, words
 from .files import checkpoint
 from .settings import Settings
 
@@ -107,12 +107,17 @@ def run_upscale(args: argparse.Namespace, typed: list[str]) -> int:
 
 def check_output_file(output: Path, form: str | None, named: list[str], wrong_use: Any) -> None:
     """`--output` is a file: then there is one input, and the name says the format."""
-    if output.suffix.lower() not in jobs.WRITABLE:
-        wrong_use(f"results can be written as {', '.join(jobs.WRITABLE)}, not {output.suffix}")
-    if not jobs.collect(named).single:
+    inputs = jobs.collect(named)
+    clip = inputs.single and video.is_clip(inputs.jobs[0].source)
+    writable = tuple(video.FORMATS) if clip else jobs.WRITABLE
+    if output.suffix.lower() not in writable:
+        wrong_use(f"results can be written as {', '.join(writable)}, not {output.suffix}")
+    if not inputs.single:
         wrong_use(
             f"--output {output} is one file, and there may be several pictures: give a folder"
         )
+    if clip:
+        return
     family = next(
         f.suffixes for f in pictures.FORMATS.values() if output.suffix.lower() in f.suffixes
     )

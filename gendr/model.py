@@ -17,7 +17,7 @@ from .networks.onestep import Prompt, Step
 from .plan import Plan
 from .report import OnProgress, Report
 from .restoration import Restoration
-from .settings import COLOR_FIXES, SPEEDS, USUAL_COLOR_FIX, Settings
+from .settings import SPEEDS, Settings, for_model
 from .speed import runners as speeds
 from .tiles import NO_TILES
 
@@ -125,7 +125,7 @@ class GenDR:
         check_image(image)
         if scale is not None:
             settings["scale"] = scale
-        chosen = self.chosen(Settings(**settings))
+        chosen = for_model(Settings(**settings), self.header.color_fix)
         place = self.device if device is None else torch.device(device)
 
         events = [self.speed.reason] if self.speed.reason else []
@@ -218,12 +218,6 @@ class GenDR:
             speed=self.speed.name,
             on_device=self.runner.on_device,
         )
-
-    def chosen(self, settings: Settings) -> Settings:
-        """Settings with what the person left on automatic as the model's file has it."""
-        if settings.color_fix != COLOR_FIXES[0]:
-            return settings
-        return replace(settings, color_fix=self.header.color_fix or USUAL_COLOR_FIX)
 
     def prompt(self, embedding: Tensor, device: torch.device) -> Prompt:
         """A prompt's embedding 1 n d in the form that the network takes. ValueError for a wrong one."""

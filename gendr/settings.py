@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 # auto takes the one that the model's file names, or else the usual one.
@@ -149,6 +149,13 @@ class Settings:
         return ", ".join(
             f"{name.replace('_', ' ')} {_told(getattr(self, name))}" for name in (*usual, *made)
         )
+
+
+def for_model(settings: Settings, color_fix: str | None) -> Settings:
+    """Settings whose colour fix is no longer automatic. color_fix: what the model's file names."""
+    if settings.color_fix != COLOR_FIXES[0]:
+        return settings
+    return replace(settings, color_fix=color_fix or USUAL_COLOR_FIX)
 
 
 def _told(value: object) -> str:

@@ -172,16 +172,16 @@ def test_a_tilde_is_the_home_folder_unless_it_is_a_name(tmp_path, monkeypatch):
 
 def test_pictures_of_other_kinds_are_counted(tmp_path):
     picture(tmp_path / "a.png")
-    for name in ("IMG_1.HEIC", "b.jxl", "c.dng", "d.ico", "e.heic", "notes.txt"):
+    for name in ("IMG_1.HEIC", "b.jxl", "c.dng", "d.ico", "e.heic", "f.mp4", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
     for word in (tmp_path, tmp_path / "*"):
         found, notes = named([word])
         assert len(found) == 1
-        assert "5 pictures of other kinds" in notes[0]
+        assert "6 files of other kinds" in notes[0]
         assert "2 .heic" in notes[0]
     (tmp_path / "a.png").unlink()
     problem = jobs.collect([str(tmp_path)]).jobs[0].problem
-    assert "5 pictures of other kinds" in problem
+    assert "6 files of other kinds" in problem
     assert len(named([tmp_path / "*.heic"])[0]) == 1  # asked for by name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import os
 import re
 import unicodedata
@@ -13,13 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 from ..pictures.kinds import CAMERA_RAW, os_reason
+from . import video
 
 # What a folder or a pattern is searched for; a file named by itself is tried whatever it is called.
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
     *(".ppm", ".pgm", ".pnm", ".pam", ".pfm", ".tga", ".avif", ".jp2"),
 )
-# Pictures as well, which are not looked for: counted, so that nobody misses them in silence.
+# Pictures and videos as well, which are not looked for: counted, so that nobody misses them in silence.
 OTHERS = CAMERA_RAW | {
     *(".heic", ".heif", ".hif", ".jxl", ".exr", ".hdr", ".svg", ".ai", ".xcf", ".kra", ".raw"),
     *(".jxr", ".wdp", ".jpm", ".jpx", ".cr3", ".raf", ".apng", ".psb"),
@@ -44,15 +46,16 @@ class Found:
         ending = path.suffix.lower()
         if wanted or ending in PICTURES:
             # A pipe or a device is no picture; a broken link is told of when its turn comes.
-            if path.is_file() or path.is_symlink():
+            if os.path.isfile(path) or os.path.islink(path):
                 self.files.append(path)
         elif ending in other_endings():
             self.skipped[ending] += 1
 
 
+@functools.lru_cache
 def other_endings() -> frozenset[str]:
     Image.init()
-    return frozenset(OTHERS) | {e for e in Image.EXTENSION if e not in PICTURES}
+    return OTHERS | frozenset(video.SUFFIXES) | {e for e in Image.EXTENSION if e not in PICTURES}
 
 
 def expand(text: str | os.PathLike[str]) -> Path:
@@ -95,9 +98,8 @@ def by_pattern(path: Path) -> Found:
 
 def _descend(base: Path, parts: list[str], found: Found, wanted: bool) -> None:
     if not parts:
-        if base.is_dir():
-            return
-        found.consider(base, wanted)
+        if not os.path.isdir(base):
+            found.consider(base, wanted)
         return
     part, rest = parts[0], parts[1:]
     if not MAGIC.search(part) or os.path.lexists(base / part):

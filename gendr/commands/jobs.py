@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import pictures
 from ..settings import Settings
+from . import video
 from .finding import MAGIC, PICTURES, Found, by_pattern, expand, folded, identity, in_folder
 
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
@@ -45,15 +47,15 @@ def collect(words: list[str], recursive: bool = False) -> Inputs:
     notes: list[str] = []
     for word in words:
         path = expand(word)
-        if path.is_dir():
+        if os.path.isdir(path):
             found = in_folder(path, recursive)
             jobs += [Job(file, base=path) for file in found.files]
             if not found.files and not found.unread:
                 deeper = "" if recursive else " (--recursive looks into its folders)"
                 problem = f"there are no pictures in this folder{deeper}{passed_over(found)}"
                 jobs.append(Job(path, problem=problem))
-        elif path.exists() or path.is_symlink() or not MAGIC.search(word):
-            missing = None if path.exists() else "there is no such file"
+        elif os.path.lexists(path) or not MAGIC.search(word):
+            missing = None if os.path.exists(path) else "there is no such file"
             jobs.append(Job(path, named=True, problem=missing))
             continue
         else:
@@ -72,12 +74,12 @@ def collect(words: list[str], recursive: bool = False) -> Inputs:
 
 
 def passed_over(found: Found) -> str:
-    """How many pictures of other kinds there are, and of which; empty where there are none."""
+    """How many pictures and videos of other kinds there are, and of which; empty where there are none."""
     if not found.skipped:
         return ""
     kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(found.skipped.items()))
     count = sum(found.skipped.values())
-    what = f"{count} picture{'s' if count > 1 else ''} of other kinds passed over"
+    what = f"{count} file{'s' if count > 1 else ''} of other kinds passed over"
     return f": {what} ({kinds}); convert them, or name them one by one to try"
 
 
@@ -155,7 +157,8 @@ def _among_results(job: Job, output: Path | None) -> bool:
 
 def is_file_name(output: Path | None) -> bool:
     """Does `--output` name a picture, not a folder?"""
-    return output is not None and output.suffix.lower() in PICTURES and not output.is_dir()
+    known = (*PICTURES, *video.SUFFIXES)
+    return output is not None and output.suffix.lower() in known and not output.is_dir()
 
 
 def folder_of(job: Job, output: Path | None) -> Path:
@@ -168,6 +171,8 @@ def folder_of(job: Job, output: Path | None) -> Path:
 
 def ending(job: Job, form: str | None) -> str:
     """`.png` unless told otherwise; "same" keeps the source's where it can be written."""
+    if video.is_clip(job.source):
+        return video.ending(job.source)
     if form == "same" and job.source.suffix.lower() in WRITABLE:
         return job.source.suffix
     return FORMATS.get(form or "png", ".png")
@@ -193,7 +198,15 @@ def result_pixels(job: Job, settings: Settings) -> int:
     if job.problem:
         return 0
     try:
-        height, width = settings.target_size(*pictures.measure(job.source))
+        h, w, frames = measure(job)
+        height, width = settings.target_size(h, w)
     except (ValueError, OSError):
         return 0
-    return height * width
+    return height * width * frames
+
+
+def measure(job: Job) -> tuple[int, int, int]:
+    """Height, width and number of frames of what a job restores. Raises PictureError."""
+    if video.is_clip(job.source):
+        return video.measure(job.source)
+    return *pictures.measure(job.source), 1

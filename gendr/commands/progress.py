@@ -31,14 +31,16 @@ class Bar:
         self.finished = 0  # pictures
         self.done = 0  # pixels of pictures that are finished
         self.saved = 0  # of those, pixels that took no time
+        self.unit = "tile"
         self.name, self.now = "", 0  # the present picture and its pixels
         self.clock = clock
         self.started: float | None = None
         self.drawn = 0.0
         self.width = 0
 
-    def begin(self, name: str, pixels: int) -> None:
-        """A picture comes up whose result has `pixels` pixels."""
+    def begin(self, name: str, pixels: int, unit: str = "tile") -> None:
+        """A picture comes up whose result has `pixels` pixels, and which is made in these units."""
+        self.unit = unit
         if self.started is None:
             self.started = self.clock()
         self.name, self.now = plain(name), pixels
@@ -55,7 +57,7 @@ class Bar:
         self.drawn = self.clock()
         part = self.done + self.now * share
         share = min(part / max(self.pixels, 1), 1.0)
-        tiles = f" | tile {min(done + 1, total)}/{total}" if total else ""
+        tiles = f" | {self.unit} {min(done + 1, total)}/{total}" if total else ""
         text = f"{share:4.0%} | picture {self.finished + 1}/{self.pictures}{tiles}"
         text += f" | {self.left(part)} | {self.name}"
         columns = shutil.get_terminal_size().columns - 1

@@ -31,9 +31,9 @@ from .. import pictures
 from ..files import checkpoint
 from ..model import GenDR
 from ..pictures.placing import sweep
-from ..report import Report
+from ..report import OnProgress, Report
 from ..settings import Settings
-from . import jobs, masks, stopping, team
+from . import jobs, masks, stopping, team, video
 from .jobs import Job, expect_room, result_pixels
 from .journal import Journal, key
 from .progress import Bar, clock_time
@@ -169,9 +169,12 @@ class Batch:
         model = self.model
         try:
             if self.options.plan:
-                plan = model.plan(*pictures.measure(job.source), self.options.settings)
-                return {"status": "planned", "text": str(plan), **plan.as_dict()}
-            report = self.restore(model, job)
+                height, width, frames = jobs.measure(job)
+                plan = model.plan(height, width, self.options.settings)
+                text = f"{frames} frames, each:\n{plan}" if frames > 1 else str(plan)
+                return {"status": "planned", "text": text, **plan.as_dict()}
+            clip = video.is_clip(job.source)
+            report = self.restore_clip(model, job) if clip else self.restore(model, job)
             return {"status": "done", **report.as_dict()}
         except Exception as error:  # one picture must not stop the others
             self.full = self.full or disk_full(error)
@@ -223,20 +226,14 @@ class Batch:
         picture = pictures.read(job.source, **self.reading)
         for note in picture.notes:
             self.say(f"note: {plain(job.source)}: {plain(note)}")
-        height, width = picture.pixels.shape[-2:]
         expect_room(job.target, picture.pixels, options.settings)
-        mask = {} if self.mask is None else {"mask": masks.fitted(self.mask, height, width)}
-        output, report = model.restore_with_report(
-            picture.pixels,
-            progress=lambda p: self.bar.tile(p.done, p.total, p.share),
-            **mask,
-            **dataclasses.asdict(options.settings),
+        output, report = self.restored(
+            model, picture.pixels, lambda p: self.bar.tile(p.done, p.total, p.share)
         )
         quality = {} if options.quality is None else {"quality": options.quality}
 
         def record(part: Path) -> None:
-            with contextlib.suppress(OSError):  # without its record a picture is still a picture
-                self.journal.add(job.target, identity, part)
+            self.record(job, identity, part)
 
         # Delays Ctrl-C until this picture is written and reported.
         with stopping.delayed(self.stop):
@@ -250,6 +247,54 @@ class Batch:
                 **quality,
             )
         return report
+
+    def restore_clip(self, model: GenDR, job: Job) -> Report:
+        """A video, frame by frame. Ctrl-C takes effect between two passes; pieces are kept."""
+        identity = self.key(job)
+        height, width, frames = jobs.measure(job)
+        plan = model.plan(height, width, self.options.settings)
+        self.bar.begin(job.source.name, job.pixels, unit="frame")
+        clip = video.Clip(job.source, job.target, identity, self.options.quality)
+        if clip.pieces():
+            count = len(clip.pieces()) * video.PIECE
+            self.say(f"note: {plain(job.source)}: goes on after {count} frames")
+        size = tuple(side // 2 * 2 for side in plan.output_size)
+        events: dict[str, None] = {}
+        if size != plan.output_size:
+            events["the last row or column is left out: H.264 needs even sides"] = None
+        started = time.monotonic()
+
+        def frame(pixels: Tensor) -> Tensor:
+            output, report = self.restored(model, pixels, lambda p: None)
+            events.update(dict.fromkeys(report.events))
+            return output
+
+        def told(number: int) -> None:
+            total = max(frames, number)
+            self.bar.tile(number, total, number / total)
+
+        done = clip.restore(frame, told, lambda part: self.record(job, identity, part))
+        return Report(
+            model=model.name,
+            settings=self.options.settings,
+            plan=plan,
+            dtype=model.dtype,
+            input_size=(height, width),
+            output_size=size,
+            seconds=time.monotonic() - started,
+            events=[f"{done} frames", *events],
+        )
+
+    def restored(self, model: GenDR, pixels: Tensor, told: OnProgress) -> tuple[Tensor, Report]:
+        mask = {}
+        if self.mask is not None:
+            mask["mask"] = masks.fitted(self.mask, *pixels.shape[-2:])
+        settings = dataclasses.asdict(self.options.settings)
+        return model.restore_with_report(pixels, progress=told, **mask, **settings)
+
+    def record(self, job: Job, identity: str, part: Path) -> None:
+        with contextlib.suppress(OSError):  # without its record a picture is still a picture
+            self.journal.add(job.target, identity, part)
 
     def stop(self) -> None:
         self.stopping = True

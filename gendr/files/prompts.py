@@ -94,10 +94,17 @@ def from_file(path: Path, text: str) -> Tensor:
 
 def _from_folder(folder: Path, transformers: Any) -> Any:
     try:
-        if not (folder / "text_encoder" / "config.json").exists():
+        inner = folder / "text_encoder"
+        if not (inner / "config.json").exists():
             raise OSError("text_encoder/config.json is missing")
+        whole = any((inner / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
+        # One more bar, beside that of the command, would say nothing.
+        transformers.utils.logging.disable_progress_bar()
         return transformers.CLIPTextModel.from_pretrained(
-            folder, subfolder="text_encoder", local_files_only=True
+            folder,
+            subfolder="text_encoder",
+            local_files_only=True,
+            variant=None if whole else "fp16",
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(_no_encoder(folder, error)) from error

@@ -172,7 +172,7 @@ def standard(kind: bytes, data: bytes) -> bool:
 def _text_for(made: Extras, like: Picture, name: str) -> list[str]:
     """Text to where the format has it; the keywords of what it has no place for."""
     if name == "PNG":
-        made.chunks += like.text
+        made.chunks += map(png.read_widely, like.text)
         return []
     lost = []
     for keyword, text in map(png.text_of, like.text):

@@ -21,6 +21,8 @@ RAW_PROFILES = {b"Raw profile type exif": "exif", b"Raw profile type xmp": "xmp"
 RAW_PROFILES |= {b"Raw profile type APP1": "exif", b"Raw profile type iptc": "iptc"}
 # Metadata that is unpacked may be this long; a bomb ends there.
 MOST_UNPACKED = 2**26
+# Text that Pillow unpacks, and what is stored as it is instead.
+MOST_PACKED, MOST_PLAIN = 2**20 - 2**10, 2**24
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
 ADAM7 += ((1, 0, 2, 1),)
@@ -119,6 +121,9 @@ def _metadata(facts: Facts, kind: bytes, data: bytes) -> None:
     elif kind == b"iCCP":
         name, _, packed = data.partition(b"\0")
         facts.icc = _unpacked(packed[1:]) if packed[:1] == b"\0" else None
+        if facts.icc is not None and len(facts.icc) >= 128:
+            # What follows the length in its header is no part of it.
+            facts.icc = facts.icc[: max(128, int.from_bytes(facts.icc[:4], "big"))]
         if facts.icc is None:
             facts.notes.append("its colour profile is damaged and was left out")
     elif kind in TEXT:
@@ -173,6 +178,21 @@ def text_chunk(keyword: str, text: str) -> Chunk:
         return b"tEXt", name + text.encode("latin-1")
     except UnicodeEncodeError:
         return b"iTXt", name + b"\0\0\0\0" + text.encode()
+
+
+def read_widely(chunk: Chunk) -> Chunk:
+    """The same text without packing where it is long: some readers take that for a bomb."""
+    kind, data = chunk
+    if kind == b"tEXt":
+        return chunk
+    text = text_bytes(kind, data)
+    if text is None or not MOST_PACKED < len(text) <= MOST_PLAIN:
+        return chunk
+    keyword, _, rest = data.partition(b"\0")
+    if kind == b"zTXt":
+        return b"tEXt", keyword + b"\0" + text
+    language, translated, _ = rest[2:].split(b"\0", 2)
+    return kind, b"\0".join([keyword, b"\0" + language, translated, text])
 
 
 def _raw_profile(said: bytes | None) -> bytes | None:

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 import gendr
 from gendr import pictures
 from gendr.files import checkpoint
+from gendr.settings import for_model
 from train import peers
 from train.evaluation.metrics import as_tensor
 
@@ -197,13 +198,14 @@ class Checkpoint:
         self, name: str, path: Path | None, settings: gendr.Settings, *, device: str, dtype: str
     ):
         """Raises CheckpointError when the file is no GenDR checkpoint, before any work is done."""
-        self.name, self.path, self.settings = name, path, settings
+        self.name, self.path = name, path
         self.device, self.dtype = device, dtype
         file = Path(path or checkpoint.EMBEDDED)
         header = checkpoint.describe(file)
         sha256 = file_sha256(file)
         self._stamp = file, file.stat().st_mtime_ns
-        chosen = {k: v for k, v in asdict(settings).items() if v is not None}
+        self.settings = for_model(settings, header.get("color_fix"))
+        chosen = {k: v for k, v in asdict(self.settings).items() if v is not None}
         self.facts = {
             "what": "GenDR checkpoint",
             "file": file.name,
