@@ -4,7 +4,7 @@
   python3 run.py upscale photo.jpg   restore your own; `python3 run.py upscale --help` lists the choices
   python3 run.py test                check the code: ruff and pytest (further words go to pytest)
   python3 run.py setup               only set up: --fresh starts over, --torch chooses the build
-  python3 run.py info|doctor|fold|compare ...   the rest of the gendr command line
+  python3 run.py info|doctor|fold|compare|convert ...   the rest of the gendr command line
 
 The first run makes the folder .venv and installs pinned packages into it; later runs start at once.
 PyTorch is the CPU build where no NVIDIA or AMD card is found. Another build: setup --torch NAME, with
@@ -62,7 +62,7 @@ PACKAGES = {
 MODULES = {"pillow": "PIL", "pytest-xdist": "xdist"}
 # Processes of the test run; each takes about 2 GB at its largest.
 MOST_WORKERS = 4
-COMMANDS = ("upscale", "info", "doctor", "fold", "compare")
+COMMANDS = ("upscale", "info", "doctor", "fold", "compare", "convert")
 TORCH_INDEXES = "https://download.pytorch.org/whl/"
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gendr.files import checkpoint
-from gendr.files.header import METADATA, Header
+from gendr.files import checkpoint, stored
+from gendr.files.header import Header
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
@@ -140,6 +139,11 @@ def prompt(text: Path | None, config: StepConfig, tokens: int) -> Tensor:
 
 
 def write(file: Path, state: dict[str, Tensor], header: Header | None) -> None:
-    """One safetensors file, whole or not at all."""
-    metadata = {} if header is None else {METADATA: json.dumps(header.as_dict())}
-    checkpoint.write_safetensors(file, state, metadata)
+    """One safetensors file, whole or not at all; of a text encoder where there is no header."""
+    if header is not None:
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        stored.write(file, shapes, state.__getitem__, STORED, header)
+        return
+    part = file.with_name(f"{file.name}.part")
+    save_file(state, part)
+    part.replace(file)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import struct
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from gendr import CheckpointError
 from gendr.cli import main
 from gendr.commands import doctor
 from gendr.commands.trouble import reason
-from gendr.files import checkpoint, reading
+from gendr.files import checkpoint, reading, stored
 from gendr.files.shapes import unet_config, vae_config
 from gendr.networks.unet import UNetConfig
 from gendr.networks.vae import VAEConfig
@@ -263,6 +264,9 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "scalars": (holding(lambda t: {k: v.flatten()[0].clone() for k, v in t.items()}), "shape"),
     "a prompt of no tokens": (put(embeds__positive=torch.ones(1, 0, 12)), "prompt"),
     "a prompt of another width": (put(embeds__positive=torch.ones(1, 5, 13)), "prompt"),
+    "a prompt of a book": (put(embeds__positive=torch.ones(1, 5000, 12)), "prompt"),
+    "a name of a book": (put(**{"unet__" + "x" * 9999: torch.ones(3)}), r"unet\.xxx"),
+    "a name of control codes": (put(**{"unet__\x1b[31m\n": torch.ones(3)}), r"unet\.\?"),
     "prompts of two lengths": (put(embeds__positive=torch.ones(1, 3, 12)), "prompt"),
     "8-bit floats": (cast(torch.float8_e4m3fn), "8-bit floats: GenDR takes fp16"),
     "whole numbers": (cast(torch.int64), "int64"),
@@ -312,6 +316,10 @@ BROKEN: dict[str, tuple[Make, str]] = {
     ),
     "a folder with a list for settings": (config_alone("[]"), r"config\.json"),
     "a folder with text for numbers": (config_alone('{"scaling_factor": "x"}'), "scaling_factor"),
+    "a folder with endless settings": (
+        config_alone("[" * 10_000_001),
+        "too much",
+    ),
     "a folder in a folder": (
         diffusers(lambda f: ((f / "embeds.safetensors").unlink(), (f / "embeds.safetensors").mkdir())),
         "folder",
@@ -332,6 +340,10 @@ SPECIAL: dict[str, tuple[Make, str]] = {
     "a pipe": (pipe("pipe.safetensors"), "pipe"),
     "a pipe as a pickle": (pipe("pipe.pt"), "pipe"),
     "a device": (link("/dev/zero"), "device"),
+    "a pipe for settings": (
+        diffusers(lambda f: ((f / "gendr.json").unlink(), os.mkfifo(f / "gendr.json"))),
+        r"gendr\.json",
+    ),
     "a link to nothing": (link("/nonexistent"), "no model file"),
     "a link to itself": (link("itself"), "can't be read"),
 }
@@ -357,6 +369,7 @@ def test_python_raises_one_sentence_that_names_the_file(broken, monkeypatch, tmp
     told = str(error.value)
     assert path.name in told
     assert told.isprintable()
+    assert len(told) < 1000
     assert not Path("executed").exists()
 
 
@@ -528,6 +541,30 @@ def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+def test_weights_beyond_the_dtype_are_not_written(tmp_path):
+    network = random_network()
+    network.unet.conv_in.weight.fill_(1e6)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors.*unet\.conv_in\.weight.*float16"
+    ):
+        checkpoint.save(tmp_path / "model.safetensors", network, header(network), dtype="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_copies_one_tensor_at_a_time(tmp_path, monkeypatch):
+    network, seen = random_network(), []
+    clean = stored.finite
+
+    def look(tensor):
+        seen.append(weakref.ref(tensor))
+        assert sum(one() is not None for one in seen) <= 2  # this one and the one before it
+        return clean(tensor)
+
+    monkeypatch.setattr(stored, "finite", look)
+    checkpoint.save(tmp_path / "model.safetensors", network, header(network), dtype="fp16")
+    assert len(seen) == len(network.state_dict())
 
 
 def test_a_download_beside_the_file_is_left_alone(tmp_path):

@@ -41,7 +41,7 @@ def hue(rgb):
 
 
 def test_the_names_are_the_settings():
-    assert tuple(color.METHODS) == COLOR_FIXES
+    assert ("auto", *color.METHODS) == COLOR_FIXES
 
 
 def test_unknown_name_is_told_the_known_ones():
@@ -56,7 +56,7 @@ def test_shapes_that_differ_are_named(fix):
         color.apply(fix, torch.rand(1, 3, 4, 4), torch.rand(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("fix", COLOR_FIXES)
+@pytest.mark.parametrize("fix", color.METHODS)
 @pytest.mark.parametrize("size", SIZES)
 def test_equal_pictures_stay(fix, size):
     x = picture(*size)
@@ -66,7 +66,7 @@ def test_equal_pictures_stay(fix, size):
     assert torch.allclose(out, x, atol=1e-6 if fix != "lab" else 2e-5)
 
 
-@pytest.mark.parametrize("fix", COLOR_FIXES)
+@pytest.mark.parametrize("fix", color.METHODS)
 @pytest.mark.parametrize("y", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("x", [0.0, 0.6, 1.0])
 def test_constant_pictures_become_the_input(fix, x, y):

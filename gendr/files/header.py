@@ -13,6 +13,7 @@ from ..networks.unet import UNetConfig
 from ..networks.vae import VAEConfig
 from ..schedule import STEPS, Prediction
 from ..settings import BOUNDS, COLOR_FIXES, DTYPES
+from .shapes import MOST_TOKENS
 
 FORMAT, FOLDED, VERSION = "gendr", "gendr-folded", 1
 # The key of a safetensors file's metadata under which the header lies.
@@ -99,7 +100,7 @@ UNET: dict[str, Rule] = {
     "cross_attention_dim": WIDTH,
     "norm_num_groups": whole(1, 1024),
     "prompts": whole(0, 2),
-    "tokens": whole(1, 4096),
+    "tokens": whole(1, MOST_TOKENS),
     "phases": FLAG,
 }
 VAE: dict[str, Rule] = {

@@ -139,7 +139,7 @@ def read(
             )
         a, b = pair["A"], pair["B"]
         rank = a.shape[0]
-        if min(a.dim(), b.dim()) < 2 or not rank or b.flatten(1).shape[1] != rank:
+        if min(a.dim(), b.dim()) < 2 or not rank or not rank or b.flatten(1).shape[1] != rank:
             raise ValueError(
                 f"the LoRA of {module} does not fit together: lora_A is {tuple(a.shape)}, lora_B "
                 f"{tuple(b.shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import stat
 import warnings
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import devices
+from .header import printable
 from .shapes import CheckpointError
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -30,6 +32,10 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 PACKED = 16
 # Stable Diffusion 2.1 with its autoencoder has 936; the largest diffusion models a few thousand.
 MOST_TENSORS = 20_000
+# Bytes of a configuration file; they have a few thousand.
+LARGEST_JSON = 10_000_000
+# Characters of a message.
+LONGEST = 600
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,9 +63,15 @@ def naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except ValueError as error:
-        if isinstance(error, CheckpointError) and path.name in str(error):
+        told = str(error)
+        if not isinstance(error, CheckpointError) or path.name not in told:
+            told = f"{path.name} can't be used: {told}"
+        # Names of tensors come from the file: any length, any characters.
+        if len(told) > LONGEST or told != printable(told):
+            told = printable(told)[:LONGEST]
+        if told == str(error):
             raise
-        raise CheckpointError(f"{path.name} can't be used: {error}") from error
+        raise CheckpointError(told) from error
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
     except Exception as error:
@@ -133,7 +145,7 @@ def whole(path: Path) -> Iterator[None]:
     """Says in a sentence that a file is no safetensors file."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(
             f"{path.name} is not a whole safetensors file: it was cut short while loading, or "
             f"is something else under this name; get it again ({first_line(error)})"
@@ -148,6 +160,8 @@ def load_pickle(path: Path) -> Any:
             # Of pickles that hold more than tensors; what can't be read is said below.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many kinds here, all meaning the same
         if devices.is_oom(error):
             raise
@@ -213,6 +227,14 @@ def room(path: Path, needed: int) -> None:
         )
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    The extremes of a tensor with NaN are NaN, and are found 40 times faster than by `isfinite`.
+    """
+    return not tensor.numel() or all(math.isfinite(x) for x in torch.aminmax(tensor))
+
+
 def check_numbers(tensors: dict[str, Tensor]) -> None:
     """CheckpointError for the first tensor that holds something else than plain numbers."""
     for name, tensor in tensors.items():
@@ -233,11 +255,16 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration file; CheckpointError where it is none."""
     try:
+        check_exists(path)
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"{path.stat().st_size / 1e6:.0f} MB are too much for settings")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        values = None
+        raise CheckpointError(f"{path} is missing: get it again") from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: get it again ({first_line(error)})") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is missing or holds no settings: get it again")
+        raise CheckpointError(f"{path} holds no settings: get it again")
     return values

@@ -16,6 +16,10 @@ from ..networks.vae import VAE, VAEConfig
 FAMILIES = {768: "SD1.5", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}
 
 
+# A prompt of 77 tokens is one piece of text to CLIP; longer ones come in several.
+MOST_TOKENS = 4096
+
+
 class CheckpointError(ValueError):
     """A model file that can't be used; the message says why and what to do."""
 
@@ -117,7 +121,8 @@ def check_prompts(embeds: dict[str, Tensor], config: UNetConfig) -> None:
     tokens = embeds["embeds.positive"].shape[1:2]
     for name, tensor in embeds.items():
         shape = tuple(tensor.shape)
-        if len(shape) != 3 or 0 in shape or shape != (1, *tokens, config.cross_attention_dim):
+        fits = shape == (1, *tokens, config.cross_attention_dim) and 0 < shape[1] <= MOST_TOKENS
+        if not fits:
             raise CheckpointError(
                 f"its {name} is of shape {shape}, which must be 1 prompt of as many tokens as the "
                 f"positive one, {config.cross_attention_dim} numbers each: export the file again"
@@ -144,7 +149,7 @@ def vae_config(state: dict[str, Tensor]) -> VAEConfig:
         latent_channels=latent,
         block_out_channels=widths,
         layers_per_block=layers,
-        quant_conv="quant_conv.weight" in state,
+        quant_conv=any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in state),
         mid_attention=any(".mid_block.attentions." in k or ".mid.attn_1." in k for k in state),
         scaling_factor=0.18215 if latent == 4 else VAEConfig().scaling_factor,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .header import METADATA, Header
-from .reading import outline
+from .reading import finite, outline
 from .shapes import CheckpointError
 
 # Pages of a mapped file count as memory in use until the mapping goes; it is renewed this often.
@@ -66,7 +65,7 @@ def write(
     dtype: torch.dtype,
     header: Header,
     *,
-    done: Callable[[int], None],
+    done: Callable[[int], None] | None = None,
 ) -> None:
     """Write a safetensors file tensor by tensor: complete at `path`, or not at all.
 
@@ -88,7 +87,7 @@ def write(
         }
         position = end
     values = replace(header, sha256=NO_DIGEST).as_dict()
-    metadata = {METADATA: json.dumps(values, sort_keys=True)}
+    metadata = {"format": "pt", METADATA: json.dumps(values, sort_keys=True)}
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     assert text.count(NO_DIGEST.encode()) == 1
@@ -107,17 +106,18 @@ def write(
             file.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
             tensor = read(name).detach().to(dtype).contiguous()
-            if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+            if not finite(tensor):
                 raise CheckpointError(
-                    f"{name} holds values that {str(dtype).removeprefix('torch.')} can't: get the "
-                    "files again, or choose fp32 or bf16"
+                    f"{path.name} can't be written: {name} holds values that are not finite in "
+                    f"{str(dtype).removeprefix('torch.')}; choose fp32 or bf16, or an earlier file"
                 )
             data = tensor.flatten().view(torch.uint8).numpy().data
             sha.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
             sha.update(data)
             with said(path), open(temporary, "ab") as file:
                 file.write(data)
-            done(entry["data_offsets"][1])
+            if done is not None:
+                done(entry["data_offsets"][1])
         with said(path):
             with open(temporary, "r+b") as file:
                 file.seek(8 + text.index(NO_DIGEST.encode()))
