@@ -14,7 +14,7 @@ from gendr.files import checkpoint
 from gendr.resizing import resize
 from train import pairs, peers, restorer
 from train.run import Run
-from train.tiny.fresh import Fresh, Scales
+from train.tiny.fresh import Fresh, Scales, taught
 
 ALL = Scales.parse("4=.5,2=.2,1-4=.3")
 
@@ -81,12 +81,31 @@ def test_a_clean_pair_at_scale_1_is_its_own_input(pictures):
 
 def test_a_teacher_shows_damaged_pictures_at_large_scales_only(pictures):
     teacher = peers.Teacher(lambda x: torch.zeros_like(x), digest="")
-    for scale, clean, taught in ((4, 0.0, True), (4, 1.0, False), (2, 0.0, False)):
+    for scale, clean, shows in ((4, 0.0, True), (4, 1.0, False), (2, 0.0, False)):
         options = pairs.Options(crop=64)
         scales = Scales.parse(f"{scale}=1")
         item = Fresh(pictures, options, scales, clean, teacher=teacher)[1]
-        expected = torch.full((3, 64, 64), -1.0) if taught else item["hr"]
+        expected = torch.full((3, 64, 64), -1.0) if shows else item["hr"]
         assert torch.equal(item["teacher"], expected)
+
+
+def test_a_deferred_teacher_shows_the_same(pictures):
+    """Items made now against a batch made later, clean pairs and other scales among them."""
+    teacher = peers.Teacher(lambda x: torch.nn.functional.interpolate(x, scale_factor=4), digest="")
+    options, scales = pairs.Options(crop=64), Scales.parse("4=.7,2=.3")
+    now, later = (
+        Fresh(
+            pictures, options, scales, 0.3, teacher=None if deferred else teacher, deferred=deferred
+        )
+        for deferred in (False, True)
+    )
+    batch = next(later.batches(0, 12))
+    assert batch["is_taught"].any()
+    assert not batch["is_taught"].all()
+    found, expected = taught(batch, teacher), next(now.batches(0, 12))
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
 
 
 def test_the_clean_share_is_kept(pictures):

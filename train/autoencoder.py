@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gendr.networks.vae import TINY_VAE, VAE
 from train import layers
+from train.atomic import replacing
 from train.data.shards import Pairs
 from train.memory import plan
 from train.pixels import pixel_loss, psnr
@@ -130,10 +131,9 @@ def main(argv: list[str] | None = None) -> None:
             run.save_parts(step, **parts)
     run.save_parts(step, **parts)
     with average.swapped():
-        temporary = Path(args.out) / "vae.safetensors.part"
         tensors = {k: v.detach().float().contiguous().cpu() for k, v in vae.state_dict().items()}
-        save_file(tensors, temporary)
-        temporary.replace(Path(args.out) / "vae.safetensors")
+        with replacing(Path(args.out) / "vae.safetensors") as part:
+            save_file(tensors, part)
 
 
 if __name__ == "__main__":

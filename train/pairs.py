@@ -19,7 +19,6 @@ import argparse
 import csv
 import functools
 import json
-import os
 import sys
 import time
 import warnings
@@ -33,6 +32,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from train import degrade, peers
+from train.atomic import replacing
 from train.data import pictures as data
 
 SHARD = 1024
@@ -213,12 +213,8 @@ def _work(index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(path: Path, write) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
+    with replacing(path, flush=True) as part, open(part, "wb") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def make(

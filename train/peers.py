@@ -104,11 +104,16 @@ class Teacher:
         self.device, self.dtype = torch.device(device), dtype
 
     @torch.inference_mode()
+    def __call__(self, pictures: Tensor, side: int) -> Tensor:
+        """`b 3 h w` in [0, 1] to `b 3 side side` in [0, 1], in steps of 8 bits; reduced or enlarged
+        where the network's own scale gives another size."""
+        x = pictures.to(self.device, self.dtype)
+        y = resize(self.network(x).float(), (side, side))
+        return y.mul(255).round_().div_(255)
+
     def restore(self, pixels: np.ndarray, side: int) -> np.ndarray:
-        """`b h w 3` uint8 to `b side side 3` uint8; reduced or enlarged where the network's own
-        scale gives another size."""
-        x = torch.tensor(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-        y = resize(self.network(x.to(self.dtype)).float(), (side, side))
+        """`b h w 3` uint8 to `b side side 3` uint8, as by calling it."""
+        y = self(torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255, side)
         y = y.mul(255).round_().to(torch.uint8)
         return np.ascontiguousarray(y.permute(0, 2, 3, 1).cpu().numpy())
 

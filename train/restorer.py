@@ -37,6 +37,7 @@ from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
 from gendr.schedule import beta_bar
 from train import degrade, layers, pairs, peers
+from train.atomic import replacing
 from train.data.shards import Pairs
 from train.memory import plan
 from train.pixels import enlarge, pixel_loss, psnr
@@ -49,7 +50,7 @@ from train.tiny.adversary import (
     feature_matching,
     generator_loss,
 )
-from train.tiny.fresh import Fresh, Scales
+from train.tiny.fresh import Fresh, Scales, taught
 from train.tiny.perceptual import efficientnet_lite0
 
 # Tiles of the exported model, pixels. Larger than the crops it is trained on: the autoencoder has
@@ -124,16 +125,26 @@ def fresh(args: argparse.Namespace, *, scales: str, clean: float, seed: int) -> 
         flat=args.flat,
         weights=args.weights,
     )
-    teacher = peers.teacher(Path(args.teacher)) if args.teacher else None
-    return Fresh(args.pictures, options, Scales.parse(scales), clean, teacher=teacher)
+    now = args.teacher and not args.teacher_later
+    teacher = peers.teacher(Path(args.teacher)) if now else None
+    later = bool(args.teacher and args.teacher_later)
+    return Fresh(
+        args.pictures, options, Scales.parse(scales), clean, teacher=teacher, deferred=later
+    )
 
 
-def checks(args: argparse.Namespace, count: int) -> dict[str, dict[str, Tensor]]:
-    """What a run on fresh pairs is looked at with: fixed batches that it is not trained on."""
+def checks(
+    args: argparse.Namespace, count: int, teacher: peers.Teacher | None
+) -> dict[str, dict[str, Tensor]]:
+    """What a run on fresh pairs is looked at with: fixed batches that it is not trained on.
+
+    teacher: of deferred pairs.
+    """
     found = {}
     for name, scales, clean in (("damaged_x4", "4=1", 0.0), ("clean_x2", "2=1", 1.0)):
         data = fresh(args, scales=scales, clean=clean, seed=args.seed + 1_000_000)
-        found[name] = next(data.batches(0, count))
+        batch = next(data.batches(0, count))
+        found[name] = batch if teacher is None else taught(batch, teacher)
     return found
 
 
@@ -175,6 +186,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--teacher",
         help="a restorer that spandrel can read, for damaged fresh pairs of large scales",
+    )
+    parser.add_argument(
+        "--teacher-later",
+        action="store_true",
+        help="run the teacher on --device, a batch at a time, for fresh pairs of x4 alone: where a "
+        "graphics card trains and processes make the pairs",
     )
     parser.add_argument("--mix", choices=tuple(degrade.MIXES), default="tiny", help="of the others")
     parser.add_argument("--drawn", type=float, default=0.06, help="share of text and line art")
@@ -262,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--hours", type=float, default=0.0, help="stop and save after so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_args(argv)
@@ -277,8 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     config: dict[str, Any] = {**vars(args), "step": dataclasses.asdict(step_config)}
     if bool(args.data) == bool(args.pictures):
         parser.error("give --data (shards) or --pictures (fresh pairs), one of the two")
-    taught = bool(args.teacher_share) or args.real == "teacher"
-    if args.pictures and taught != bool(args.teacher):
+    with_teacher = bool(args.teacher_share) or args.real == "teacher"
+    if args.pictures and with_teacher != bool(args.teacher):
         parser.error("fresh pairs need --teacher for --teacher-share above 0 or --real teacher")
     if args.judge == "features" and args.adversarial and not args.perceptual:
         parser.error("--judge features looks at what --perceptual computes: give it a weight")
@@ -287,17 +305,22 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(
         args.out,
         config,
-        free=("data", "pictures", "device", "save_every", "autoencoder", "init", "workers"),
+        free=(
+            *("data", "pictures", "device", "save_every", "autoencoder", "init", "workers"),
+            "hours",
+        ),
     )
-    run.catch_signals()
-    device = torch.device(args.device)
+    run.catch_signals(args.hours)
+    device, later = torch.device(args.device), None
+    if args.teacher and args.teacher_later:
+        later = peers.teacher(Path(args.teacher), device=args.device, half=not args.fp32)
     if args.data:
-        shards = Pairs(args.data, ("hr", "lr", "teacher") if taught else ("hr", "lr"))
+        shards = Pairs(args.data, ("hr", "lr", "teacher") if with_teacher else ("hr", "lr"))
         whole = shards.batch(step_generator(args.seed, -1), 16, shards.size // 64 * 64)
         fixed_batches = {"": enlarged(whole, shards.scale)}
     else:
         made = fresh(args, scales=args.scales, clean=args.clean, seed=args.seed)
-        fixed_batches = checks(args, 16)
+        fixed_batches = checks(args, 16, later)
     perceptual = efficientnet_lite0().to(device) if args.perceptual else None
 
     if args.init:
@@ -349,10 +372,9 @@ def main(argv: list[str] | None = None) -> None:
     def save(step: int) -> None:
         run.save_parts(step, **state)
         with average.swapped():
-            temporary = run.folder / "network.safetensors.part"
             tensors = {k: v.detach().float().cpu() for k, v in network.state_dict().items()}
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-            temporary.replace(run.folder / "network.safetensors")
+            with replacing(run.folder / "network.safetensors") as part:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, part)
             export(run.folder / "model.safetensors", network, args.name, step)
 
     def validate(step: int) -> str:
@@ -391,7 +413,9 @@ def main(argv: list[str] | None = None) -> None:
         precision = torch.autocast(device.type, torch.bfloat16)
     step = first
     for step in run.steps(first, args.steps, images=args.batch):
-        batch = {k: v.to(device) for k, v in next(batches).items()}
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+        if later is not None:
+            batch = taught(batch, later)
         x = batch["input"]
         share = max(1, round(args.batch * args.autoencode)) if args.autoencode else 0
         # Clean and damaged pictures in turn: the latent must hold both.

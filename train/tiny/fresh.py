@@ -22,6 +22,8 @@ from train import degrade, pairs, peers
 
 # Below this scale a picture holds more than a teacher made for x4 would leave in it.
 TAUGHT = 2.5
+# The scale of the pairs whose teacher's results are made later: their pictures have one size.
+DEFERRED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class Fresh(Dataset):
     clean: share of pairs that are only reduced; the others follow `options.mix`.
     teacher: a frozen restorer; `teacher` 3 c c is then what it makes of a damaged picture at scales
     from TAUGHT up, and the clean crop for every other pair.
+    deferred: instead of `teacher` the items hold what `taught` needs to make it on another device,
+    a batch at a time, for damaged pictures at x4 alone: `low` 3 c/4 c/4 in [0, 1] and `is_taught`.
     """
 
     def __init__(
@@ -71,8 +75,9 @@ class Fresh(Dataset):
         clean: float,
         *,
         teacher: peers.Teacher | None = None,
+        deferred: bool = False,
     ):
-        self.teacher = teacher
+        self.teacher, self.deferred = teacher, deferred
         self.source = pairs.Source(Path(folder), dict(options.weights))
         self.options, self.scales, self.clean = options, scales, clean
 
@@ -96,6 +101,10 @@ class Fresh(Dataset):
         if self.teacher is not None:
             taught = kind != "clean" and scale >= TAUGHT
             item["teacher"] = self.teacher.restore(lr[None], side)[0] if taught else hr
+        if self.deferred:
+            low = side // DEFERRED
+            item["is_taught"] = kind != "clean" and lr.shape[:2] == (low, low)
+            item["low"] = wide[0] if item["is_taught"] else torch.zeros(3, low, low)
         for name in ("hr", "teacher"):
             if name in item:
                 item[name] = torch.from_numpy(item[name].copy()).permute(2, 0, 1) / 127.5 - 1
@@ -110,8 +119,19 @@ class Fresh(Dataset):
             num_workers=workers,
             worker_init_fn=_quiet,
             persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)
+
+
+def taught(batch: dict[str, Tensor], teacher: peers.Teacher) -> dict[str, Tensor]:
+    """A batch of deferred pairs with its `teacher`, on the teacher's device."""
+    batch = {name: value.to(teacher.device) for name, value in batch.items()}
+    rows, low = batch.pop("is_taught"), batch.pop("low")
+    result = batch["hr"].clone()
+    if rows.any():
+        result[rows] = 2 * teacher(low[rows], result.shape[-1]) - 1
+    return {**batch, "teacher": result}
 
 
 def _quiet(_: int) -> None:
