@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .files.checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save
     from .model import GenDR
     from .pictures import Picture, PictureError
-    from .plan import Plan
+    from .plan import NotEnoughMemory, Plan
     from .report import Cancelled, Progress, Report
     from .resizing import resize
     from .restoration import NotFinite
@@ -36,6 +36,7 @@ HOMES = {
     "Cancelled": "report",
     "CheckpointError": "files.checkpoint",
     "GenDR": "model",
+    "NotEnoughMemory": "plan",
     "NotFinite": "restoration",
     "Picture": "pictures",
     "PictureError": "pictures",
@@ -60,6 +61,7 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "GenDR",
+    "NotEnoughMemory",
     "NotFinite",
     "Picture",
     "PictureError",

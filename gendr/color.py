@@ -141,11 +141,6 @@ def to_lab(image: Tensor) -> Tensor:
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), 1)
 
 
-def from_lab(image: Tensor) -> Tensor:
-    """CIE L a b, b 3 h w -> sRGB; colours that sRGB lacks come out beyond [0, 1]."""
-    return encode(_linear_from_lab(image))
-
-
 def _linear_from_lab(image: Tensor) -> Tensor:
     lightness, a, b = image.unbind(1)
     y = (lightness + 16) / 116

@@ -7,12 +7,14 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import first_line
 from .settings import DTYPES
 
 # Its name before torch 2.5, and still an alias of the new one.
@@ -49,9 +51,8 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
             device = torch.device(name)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            first = str(error).splitlines()[0]
             raise ValueError(
-                f"device {str(name)!r} can't be used here: choose auto or cpu ({first})"
+                f"device {str(name)!r} can't be used here: choose auto or cpu ({first_line(error)})"
             ) from error
         return device
     if torch.cuda.is_available():
@@ -299,6 +300,21 @@ def release(device: torch.device) -> None:
     """Give cached blocks back after an out-of-memory error."""
     if device.type in ("cuda", "xpu", "mps"):
         getattr(torch, device.type).empty_cache()
+
+
+def give_back() -> None:
+    """Return freed main memory to the system.
+
+    Pictures of ever new sizes leave gaps in glibc's heap that fit none of the later ones: without
+    this it grows with every size.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.lru_cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def reset_peak(device: torch.device) -> None:

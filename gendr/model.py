@@ -28,7 +28,7 @@ class GenDR:
     network: the folded (`OneStep`) or unfolded (`Unfolded`) step.
     precision: dtypes to compute in. casts: the network's layers cast their weights per call to
     what they are given (a host's own layers), so that precision is a matter of the input alone.
-    speed: one of `SPEEDS`; what can't be had on this device runs eagerly, and the report says why.
+    speed: one of `SPEEDS`; where it is not available, passes run eagerly, and the report says why.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class GenDR:
         self.network, self.header, self.precision = network, header, precision
         self.device, self.casts = torch.device(device), casts
         self.network.compute = (precision.vae, precision.unet)
+        self._last_size: tuple[int, int] | None = None
         # The last prompt that was given, with what the network made of it.
         self._prompt: tuple[Tensor, Prompt] | None = None
         self.speed = speeds.choose(speed, self.device, network, casts=casts)
@@ -90,8 +91,12 @@ class GenDR:
         scale and any other field of `Settings` by name; `progress`, `cancelled`, `device`,
         `free_bytes`, `make_room`, `is_oom` as in `restore_with_report`.
 
-        H, W are exactly round(h * scale), or the target size. Values are in [0, 1], never NaN.
-        The same input gives the same output, and a picture the same result alone as in a batch.
+        H, W are exactly h * scale and w * scale with halves rounded up, or the target size. Values
+        are in [0, 1], never NaN.
+        The same input gives the same output on the same machine, with the same versions and number
+        of threads and the same plan, to the last bit; a picture the same result alone as in a batch.
+        Other processors, cards, threads and tiles round differently: about 1e-5 in fp32, up to 1e-2
+        of the full range in single pixels in bf16 and fp16.
         ValueError for an input that can't be used, `Cancelled` when stopped, `NotFinite` when the
         model fails in every precision.
         """
@@ -159,7 +164,12 @@ class GenDR:
                 licence=self.licence,
                 events=[*events],
             )
-            return restoration.run(part)
+            try:
+                return restoration.run(part)
+            finally:
+                if plan.padded_size != self._last_size:
+                    devices.give_back()
+                self._last_size = plan.padded_size
 
         if mask is None:
             return run(image)
@@ -217,6 +227,7 @@ class GenDR:
             min_side=self.header.min_side,
             speed=self.speed.name,
             on_device=self.runner.on_device,
+            main_memory=None if place.type == "cpu" else devices.free_bytes(torch.device("cpu")),
         )
 
     def prompt(self, embedding: Tensor, device: torch.device) -> Prompt:

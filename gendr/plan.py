@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from .networks.blocks import PHASE_POSITIONS
 from .networks.onestep import StepConfig
 from .resizing import up_to_multiple
-from .settings import Settings
+from .settings import BOUNDS, TARGETS, Settings
 from .tiles import WHOLE, Grid, fit_grid, one_tile
 
 Size = tuple[int, int]
 
 # A strip of one pixel by a thousand would otherwise be enlarged to half a million pixels' width.
 LONGEST = 4
-# Share of the free memory that a plan may fill: estimates miss, and others allocate too.
+# Share of the memory beside whole pictures that tiles may fill: estimates miss, and others allocate.
 BUDGET = 0.8
 # Default share of a tile that its neighbour sees as well, and its largest value in pixels.
 OVERLAP_SHARE, OVERLAP_LIMIT = 0.25, 128
 # The autoencoder's attention grows with the square of the picture; above 2048 px it costs more
 # than everything else, and the whole step is tiled instead.
 ATTENTION_POSITIONS = 65536
+# Memory never makes tiles smaller than this many pixels: below it they cost more than they save, and
+# the network sees too little.
+LEAST_TILE = 128
 # Tensors of one resolution that live at once in a residual block: eager, and by strips.
 EAGER_TENSORS, STRIP_TENSORS = 3.25, 2.05
 # Strips are of bounded size; so is what one of them allocates.
 STRIP_EXTRA = 400 * 2**20
 # Bytes per pair of channels while the parity kernels of an enlargement are made.
 PHASE_BYTES = 200
-# float32 planes of the picture that lie around a run: input, enlarged, result, blend, colour fix.
-PLANES = 6
+# float32 pictures of the result's size that lie around the tiles: enlarged, result, blend, colour
+# fix; more with back-projection. And of the input's size, where both are compared.
+PLANES, FIDELITY_PLANES, INPUT_PLANES = 5.5, 6.2, 4
 # Tiles in one pass, where memory allows and the device gains from it; more of them where the number
 # of launches doesn't count any more.
 BATCH, FEW_LAUNCHES_BATCH = 4, 8
@@ -50,6 +55,7 @@ class Plan:
     tiles of the latent) or "tiles" (encode, step and decode in tiles).
     grid: the tiles, in pixels of the padded output in every mode; one tile where all goes whole.
     strips: the autoencoder goes over what it is given in strips of rows.
+    bytes_needed: on the device. host_bytes: in main memory beside it, for whole pictures.
     on_device: the whole picture lies on the device, and not in the host's memory.
     margin: how far a repeating picture is continued past its edges.
     """
@@ -65,6 +71,7 @@ class Plan:
     strips: bool
     margin: int
     bytes_needed: int
+    host_bytes: int
     free_bytes: int
     dtype: str
     device: str
@@ -142,7 +149,7 @@ def unet_bytes(config: StepConfig, height: int, width: int, bytes_each: int) -> 
         working = max(working, max(20 * wide if c.attention[level] else 0, block) * share)
     positions = height * width / config.vae.factor**2
     at = positions * bytes_each
-    # Parity kernels of the widest enlargement, made per call and let go of.
+    # Parity kernels of the widest enlargement, made and freed per call.
     kernels = max(
         PHASE_BYTES * wide**2 if level and positions / 4**level >= PHASE_POSITIONS else 0
         for level, wide in enumerate(c.block_out_channels)
@@ -150,10 +157,13 @@ def unet_bytes(config: StepConfig, height: int, width: int, bytes_each: int) -> 
     return int(max((skips + working) * at, kernels + skips * at))
 
 
+class NotEnoughMemory(ValueError):
+    """Pictures that don't fit into main memory, whatever the tiles; the message says what would."""
+
+
 def make(config: StepConfig, settings: Settings, height: int, width: int, **facts: Any) -> Plan:
     """The plan for pictures of height x width. facts: the other fields of `Case`."""
-    case = Case(config=config, settings=settings, height=height, width=width, **facts)
-    return case.whole() or case.latent_tiles() or case.in_tiles()
+    return Case(config=config, settings=settings, height=height, width=width, **facts).made()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +174,7 @@ class Case:
     bytes_each: of one activation. batched: whether the device gains from several tiles in one pass.
     on_device: whether the picture should lie on the device; it goes back to the host where that
     leaves too little for the tiles. min_side: the shorter side that the model wants at least.
+    main_memory: bytes free there, where the device has memory of its own; None = unknown.
     """
 
     config: StepConfig
@@ -181,6 +192,7 @@ class Case:
     min_side: int = 0
     speed: str = "eager"
     on_device: bool = False
+    main_memory: int | None = None
 
     @property
     def multiple(self) -> int:
@@ -223,40 +235,121 @@ class Case:
         """Size of what the network sees."""
         return tuple(up_to_multiple(n + 2 * self.margin, self.multiple) for n in self.work)
 
+    @property
+    def shared(self) -> bool:
+        """Whether the device computes in main memory."""
+        return self.device.partition(":")[0] in ("cpu", "mps")
+
     @cached_property
-    def planes(self) -> tuple[int, bool]:
-        """Bytes of the whole pictures beside the tiles, and whether they lie on the device."""
-        planes = PLANES * 3 * 4 * self.padded[0] * self.padded[1]
-        if not self.on_device:
-            return planes, False
+    def result_bytes(self) -> int:
+        """Of one result."""
+        return 3 * 4 * self.output[0] * self.output[1]
+
+    @cached_property
+    def picture_bytes(self) -> int:
+        """Of whole pictures while one is restored: what no tile makes smaller."""
+        planes = FIDELITY_PLANES if self.settings.fidelity else PLANES
+        inputs = INPUT_PLANES * self.height * self.width
+        return int(3 * 4 * (planes * self.padded[0] * self.padded[1] + inputs))
+
+    @cached_property
+    def beside(self) -> bool:
+        """Whether whole pictures lie on a device of its own memory, beside its tiles."""
         square = (self.target, self.target)
-        room = planes + self.networks(square, square, 1, False, passes=1) <= int(self.free * BUDGET)
-        # On the host they take nothing of the device's memory.
-        return (planes, True) if room else (0, False)
+        return (
+            self.on_device
+            and not self.shared
+            and self.cost(square, square) <= (self.free - self.picture_bytes) * BUDGET
+        )
+
+    @property
+    def on_device_bytes(self) -> int:
+        """Of whole pictures in the memory in which tiles are computed."""
+        others = (self.images - 1) * self.result_bytes if self.shared else 0
+        return self.picture_bytes + others if self.shared or self.beside else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Of whole pictures in main memory, where tiles are computed elsewhere."""
+        if self.shared:
+            return 0
+        results = self.images * self.result_bytes
+        return results if self.beside else self.picture_bytes + results - self.result_bytes
 
     @property
     def budget(self) -> int:
         """Bytes for tiles."""
-        return max(0, int(self.free * BUDGET) - self.planes[0])
+        return max(0, int((self.free - self.on_device_bytes) * BUDGET))
 
-    def networks(
-        self, seen: Size, tile: Size, batch: int, strips: bool, *, passes: int | None = None
-    ) -> int:
-        """Peak bytes of the autoencoder over `seen` and the UNet over `batch` tiles.
+    @cached_property
+    def least(self) -> int:
+        """Edge of the smallest tiles that a lack of memory leads to."""
+        return min(self.target, up_to_multiple(LEAST_TILE, self.multiple))
+
+    @property
+    def main_memory_needed(self) -> int:
+        """At least so much of it is needed, whatever the tiles."""
+        if not self.shared:
+            return self.host_bytes
+        tile = tuple(min(self.least, side) for side in self.padded)
+        return self.on_device_bytes + self.cost(tile, tile)
+
+    @property
+    def main_memory_free(self) -> int | None:
+        return self.free if self.shared else self.main_memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is main memory for it. A card's own is a matter of the tiles."""
+        free = self.main_memory_free
+        return free is None or self.main_memory_needed <= free
+
+    def shortage(self) -> str:
+        """What is needed, what is free, and what would fit."""
+        (height, width), free = self.output, self.main_memory_free or 0
+        several = f"{self.images} pictures of " if self.images > 1 else ""
+        text = (
+            f"{several}{self.width}x{self.height} enlarged to {width}x{height} "
+            f"({height * width / 1e6:.1f} MP) take about {gib(self.main_memory_needed)} GiB of main "
+            f"memory, and {gib(free)} GiB are free: "
+        )
+        fewer = "fewer pictures at once, " if self.images > 1 else ""
+        for scale in self.smaller_scales():
+            settings = replace(self.settings, scale=scale, **dict.fromkeys(TARGETS))
+            if (case := replace(self, settings=settings)).fits:
+                h, w = case.output
+                return text + (
+                    f"choose {fewer}scale {scale:g} ({w}x{h}) or less, or close other programs"
+                )
+        return text + (
+            f"{fewer}even scale 1 does not fit; use a smaller picture, or close other programs"
+        )
+
+    def smaller_scales(self) -> Iterator[float]:
+        """Factors below the one asked for, largest first, in a widget's steps."""
+        step = BOUNDS["scale"].step
+        factor = max(self.output) / max(self.height, self.width)
+        for n in range(math.ceil((factor - 1) / step) - 1, -1, -1):
+            yield round(1 + n * step, 2)
+
+    def cost(self, seen: Size, tile: Size, batch: int = 1, strips: bool = False) -> int:
+        """Peak bytes of the autoencoder over `seen` and the UNet over `batch` tiles of it.
 
         Where both see the same, the autoencoder gets as many of it.
         """
         config, each = self.config, self.bytes_each
-        passes = passes or (2 if self.guidance > 1 else 1)
         pictures = batch if seen == tile else 1
         autoencoder = autoencoder_bytes(config, *seen, bytes_each=each, strips=strips) * pictures
-        return max(autoencoder, unet_bytes(config, *tile, each) * passes * batch)
+        unet = unet_bytes(config, *tile, each) * batch * (2 if self.guidance > 1 else 1)
+        # A device of its own memory holds what it is given, too.
+        staged = (STAGED if self.fast else 0) + (0 if self.shared else 1)
+        return max(autoencoder, unet) + staged * 3 * 4 * seen[0] * seen[1] * pictures
 
-    def cost(self, seen: Size, tile: Size, batch: int = 1, strips: bool = False) -> int:
-        """`networks`, and what waits beside a pass."""
-        pictures = batch if seen == tile else 1
-        staged = STAGED * 3 * 4 * seen[0] * seen[1] * pictures if self.fast else 0
-        return self.networks(seen, tile, batch, strips) + staged
+    def made(self) -> Plan:
+        """The plan. Raises `NotEnoughMemory` where not even the smallest tiles fit."""
+        if not self.fits:
+            raise NotEnoughMemory(self.shortage())
+        return self.whole() or self.latent_tiles() or self.in_tiles()
 
     def plan(self, mode: str, grid: Grid, *, batch: int, strips: bool, cost: int) -> Plan:
         return Plan(
@@ -270,12 +363,13 @@ class Case:
             tile_batch=batch,
             strips=strips,
             margin=self.margin,
-            bytes_needed=cost + self.planes[0],
+            bytes_needed=cost + self.on_device_bytes,
+            host_bytes=self.host_bytes,
             free_bytes=self.free,
             dtype=self.dtype,
             device=self.device,
             speed=self.speed,
-            on_device=self.planes[1],
+            on_device=self.beside,
         )
 
     def whole(self) -> Plan | None:
@@ -310,15 +404,15 @@ class Case:
         return self.plan("latent_tiles", grid, batch=batch, strips=strips, cost=cost)
 
     def in_tiles(self) -> Plan:
-        """Everything in tiles, of half the edge while that is too much for the memory."""
+        """Everything in tiles, of half the edge while that is too much, down to the least."""
         m, target, overlap = self.multiple, self.target, self.overlap
         while True:
             overlap = min(overlap, max(0, target - m))
             grid = fit_grid(*self.padded, target, overlap, m)
             tile = grid.tile_height, grid.tile_width
-            if self.cost(tile, tile) <= self.budget or self.settings.tile or target <= m:
+            if self.cost(tile, tile) <= self.budget or self.settings.tile or target <= self.least:
                 break
-            target = up_to_multiple(target // 2, m)
+            target = max(self.least, up_to_multiple(target // 2, m))
             overlap = min(overlap, up_to_multiple(target * OVERLAP_SHARE, self.config.vae.factor))
         if self.fast and not self.settings.tile_batch:
             batch = even(len(grid), FEW_LAUNCHES_BATCH if self.batched else 1)
@@ -342,10 +436,14 @@ def at_least(size: Size, side: int) -> Size:
 
 
 def even(tiles: int, most: int) -> int:
-    """Tiles per pass, at most so many, that leave no rest, or as small a one as can be.
+    """Batch size up to `most` that divides the tile count, or else batches as equal as possible.
 
-    A rest is a shape of its own, recorded or compiled for a single pass.
+    A smaller last batch is a shape of its own, recorded or compiled for a single pass.
     """
     most = min(tiles, most)
     whole = max(n for n in range(1, most + 1) if tiles % n == 0)
     return whole if 3 * whole >= most else math.ceil(tiles / math.ceil(tiles / most))
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"

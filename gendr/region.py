@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from .tiles import Box
 # Pixels of the input: how far the soft edge reaches, and what the network sees beyond it.
 FEATHER = 8
 CONTEXT = 48
+# And how far apart whole pixels of both pictures may lie, for a part of them to be taken.
+LARGEST_STEP = 100
 # A mask that rises by more than this over two pixels has a hard edge there.
 HARD = 0.5
 
@@ -117,9 +118,8 @@ def _box(soft: Tensor, settings: Settings) -> Box | None:
     white = (soft > 0).any(dim=0)[0]
     if not white.any():
         return None
-    step = Fraction(settings.scale).limit_denominator(100).denominator
-    inexact = abs(settings.scale * step - round(settings.scale * step)) > 1e-6
-    if settings.seamless or settings.has_target or inexact:
+    step = settings.factor(h, w).denominator
+    if settings.seamless or settings.has_target or step > LARGEST_STEP:
         return Box(0, 0, h, w)
 
     def span(line: Tensor, length: int) -> tuple[int, int]:
@@ -135,8 +135,10 @@ def _box(soft: Tensor, settings: Settings) -> Box | None:
 def _enlarged(box: Box, size: tuple[int, int], target: tuple[int, int], settings: Settings) -> Box:
     """The same part in the enlarged picture."""
 
+    factor = settings.factor(*size)
+
     def edges(first: int, last: int, side: int, full: int) -> tuple[int, int]:
-        return round(first * settings.scale), full if last == side else round(last * settings.scale)
+        return int(first * factor), full if last == side else int(last * factor)
 
     top, bottom = edges(box.top, box.bottom, size[0], target[0])
     left, right = edges(box.left, box.right, size[1], target[1])

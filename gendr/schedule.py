@@ -49,11 +49,6 @@ def eps_from_v(z_t: Tensor, v: Tensor, a: Tensor | float, b: Tensor | float) -> 
     return a * v + b * z_t
 
 
-def v_from_eps(z_t: Tensor, eps: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """Velocity estimate from a noise estimate: (eps - b z_t) / a."""
-    return (eps - b * z_t) / a
-
-
 def velocity(z0: Tensor, eps: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     """Velocity target: a eps - b z_0."""
     return a * eps - b * z0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 # auto takes the one that the model's file names, or else the usual one.
@@ -29,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Beyond this factor one step has nothing left of the picture to build on.
 MAX_FACTOR = 8.0
+
+HALF = Fraction(1, 2)
 
 
 class Bound(NamedTuple):
@@ -116,26 +119,34 @@ class Settings:
         """Whether a target size stands in for the factor."""
         return any(getattr(self, name) for name in TARGETS)
 
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Output size (H, W) for an input of h x w: exactly round(side * factor), at least 1.
+    def factor(self, height: int, width: int) -> Fraction:
+        """Output side / input side, exactly as a person wrote it: 1.15 is 23/20.
 
         Raises ValueError when a target size asks for more than `MAX_FACTOR` times the input.
         """
         if self.long_side:
-            factor = self.long_side / max(height, width)
+            factor = Fraction(int(self.long_side), max(height, width))
         elif self.short_side:
-            factor = self.short_side / min(height, width)
+            factor = Fraction(int(self.short_side), min(height, width))
         elif self.megapixels:
-            factor = math.sqrt(self.megapixels * 1e6 / (height * width))
+            factor = Fraction(math.sqrt(self.megapixels * 1e6 / (height * width)))
         else:
-            factor = self.scale
+            # Widgets that add up steps give 1.1500000000000001.
+            factor = Fraction(f"{self.scale:.10g}")
         if factor > MAX_FACTOR:
             raise ValueError(
-                f"that size is {factor:.1f} times the input ({width}x{height}); at most "
+                f"that size is {float(factor):.1f} times the input ({width}x{height}); at most "
                 f"{MAX_FACTOR:g} times is possible: ask for a smaller one, or run twice"
             )
-        # Halves go up: Python's own round() would send 2.5 to 2 and 3.5 to 4.
-        return tuple(max(1, math.floor(side * factor + 0.5)) for side in (height, width))
+        return factor
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Output size (H, W) for an input of h x w: side * factor, halves rounded up, at least 1.
+
+        In decimals, not in binary fractions: 50 * 1.15 is 57.5 and so 58. Errors as of `factor`.
+        """
+        factor = self.factor(height, width)
+        return tuple(max(1, math.floor(side * factor + HALF)) for side in (height, width))
 
     def __str__(self) -> str:
         """The choices in words, for a report: the usual ones always, others where they were made."""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .resizing import up_to_multiple
+
 # A tile function gives its result, or, where a device still works on it, what waits for it.
 Fn = Callable[[Tensor], Tensor | Callable[[], Tensor]]
 
@@ -18,7 +20,7 @@ Fn = Callable[[Tensor], Tensor | Callable[[], Tensor]]
 WHOLE = 1.25
 # Tiles may be this much smaller than asked for, where that leaves less to compute.
 SMALLEST = 0.75
-# Share of an overlap, one in so many, that is left to the neighbour altogether.
+# The outer 1/MARGIN of an overlap has weight 0: only the neighbour counts there.
 MARGIN = 8
 # Share of their edge, one in so many, that the parts of a tile too large for the memory share.
 RECOVERY_OVERLAP = 6
@@ -108,11 +110,11 @@ def _axis(
 
     def edge_of(count: int) -> int:
         shared = overlap * (count if wrap else count - 1)
-        return _up(math.ceil((length + shared) / count), multiple)
+        return up_to_multiple(math.ceil((length + shared) / count), multiple)
 
     count, edge = 1, edge_of(1)
     if edge > whole * tile:
-        if _up(overlap + 1, multiple) > tile:
+        if up_to_multiple(overlap + 1, multiple) > tile:
             raise ValueError(
                 f"an overlap of {overlap} leaves nothing of a tile of {tile} (both in pixels of "
                 f"the output, tiles in steps of {multiple}); choose a smaller overlap or a larger tile"
@@ -239,18 +241,20 @@ def recovering(
     limit holds for every later call, and what was finished is kept. Where nothing is left to
     split, the error is raised again, of the same type where that type allows, with a readable text.
 
-    on_event(text): called when the failed pass has let go of its memory; may empty caches. What it
+    on_event(text): called when the memory of the failed pass is free; may empty caches. What it
     raises, and errors that are not `is_oom`, pass through.
     """
-    minimum = _up(max(minimum, 1), multiple)
+    minimum = up_to_multiple(max(minimum, 1), multiple)
     single = False
     limit: tuple[int, int] | None = None
 
     def halved(side: int) -> int:
         # Two windows of this edge cover the side and share a sixth of themselves.
-        half = _up(math.ceil(side * RECOVERY_OVERLAP / (2 * RECOVERY_OVERLAP - 1)), multiple)
+        half = up_to_multiple(
+            math.ceil(side * RECOVERY_OVERLAP / (2 * RECOVERY_OVERLAP - 1)), multiple
+        )
         if half >= side:
-            half = _up(math.ceil(side / 2), multiple)
+            half = up_to_multiple(math.ceil(side / 2), multiple)
         return min(side, max(half, minimum))
 
     def split(x: Tensor) -> Tensor:
@@ -421,7 +425,3 @@ def _out_of_memory(error: BaseException, height: int, width: int) -> BaseExcepti
         return type(error)(text)
     except TypeError:
         return MemoryError(text)
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

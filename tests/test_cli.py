@@ -312,6 +312,17 @@ def test_bad_files_cost_only_themselves(gendr, folder):
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
+def test_a_picture_too_large_for_the_memory_costs_only_itself(gendr, folder, monkeypatch):
+    monkeypatch.setattr("gendr.devices.free_bytes", lambda device: 64 * 2**20)
+    noise(400, 500).save(folder / "large.png")
+    code, _, told = gendr("upscale", folder)
+    assert code == 1
+    assert "400x500 enlarged to 1600x2000 (3.2 MP) take about 0.2 GiB of main memory" in told
+    assert "and 0.1 GiB are free: choose scale" in told
+    assert "Traceback" not in told
+    assert {p.stem for p in folder.glob("*_x4.*")} == {"p1_x4", "p2_x4", "p10_x4"}
+
+
 def test_a_jpeg_called_png_is_restored(gendr, tmp_path):
     noise(8, 6).save(tmp_path / "a.png", "JPEG")
     assert gendr("upscale", tmp_path / "a.png")[0] == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from decimal import ROUND_HALF_UP, Decimal
+
 import pytest
 import torch
 
@@ -19,11 +22,41 @@ def picture(h: int, w: int, c: int = 3, b: int = 1, seed: int = 0) -> torch.Tens
     return torch.rand(b, c, h, w, generator=generator)
 
 
+def in_decimals(side: int, scale: float) -> int:
+    """The rounding of people: halves go up."""
+    exact = side * Decimal(str(scale))
+    return int(exact.quantize(Decimal(1), rounding=ROUND_HALF_UP))
+
+
+def test_sizes_are_rounded_in_decimals():
+    assert Settings(scale=1.15).target_size(50, 10) == (58, 12)
+    scales = [round(1 + n * 0.05, 2) for n in range(141)] + [
+        1.005,
+        1.37,
+        1.333,
+        2.125,
+        3.1415,
+        7.999,
+    ]
+    for scale in scales:
+        # The sum of a widget's steps means the same, although its last bit may differ.
+        for given in (scale, math.nextafter(scale, 8), math.nextafter(scale, 1)):
+            settings = Settings(scale=given)
+            for side in (1, 3, 10, 30, 50, 70, 90, 110, 130, 250, 1000, 1001, 4990):
+                assert settings.target_size(side, 1)[0] == in_decimals(side, scale), (scale, side)
+
+
+@pytest.mark.parametrize("side", [1, 7, 99, 100, 101, 333, 1600])
+def test_a_side_asked_for_is_that_side(side):
+    assert max(Settings(long_side=side).target_size(200, 311)) == side
+    assert min(Settings(short_side=side).target_size(200, 311)) == side
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (37, 53), (7, 3), (32, 32)])
 @pytest.mark.parametrize("scale", [1.0, 1.37, 2.5, 4.0])
 def test_output_size_is_input_times_scale(tiny, size, scale):
     y = tiny.restore(picture(*size), scale=scale)
-    assert y.shape == (1, 3, *(int(side * scale + 0.5) or 1 for side in size))
+    assert y.shape == (1, 3, *(in_decimals(side, scale) for side in size))
     assert y.dtype == torch.float32
     assert float(y.min()) >= 0
     assert float(y.max()) <= 1
@@ -112,6 +145,41 @@ def test_filling_leaves_the_visible_alone():
     assert torch.equal(filled[seen], colours[seen])
     flat = fill_transparent(torch.full_like(colours, 0.3) * alpha, alpha)
     assert torch.allclose(flat, torch.full_like(flat, 0.3), atol=1e-6)
+
+
+def disc(ground: float, alpha: float) -> torch.Tensor:
+    """A bright opaque disc on a ground of that grey and alpha, 1 4 h w."""
+    rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(48.0), indexing="ij")
+    inside = ((rows - 20) ** 2 + (columns - 24) ** 2 <= 144)[None, None]
+    colours = torch.where(inside, 0.9, ground).expand(-1, 3, -1, -1)
+    return torch.cat([colours, torch.where(inside, 1.0, alpha)], 1)
+
+
+@pytest.mark.parametrize("alpha", [1 / 255, 8 / 255])
+def test_a_nearly_invisible_ground_draws_no_outline(alpha):
+    model = gendr.load(device="cpu", dtype="fp32")
+    hidden, faint = (model.restore(disc(0.0, a), 2) for a in (0.0, alpha))
+    # Over any background only what the ground itself shows differs, not an outline.
+    for background in (0.0, 1.0):
+        shown = [y[:, :3] * y[:, 3:] + background * (1 - y[:, 3:]) for y in (hidden, faint)]
+        assert float((shown[0] - shown[1]).abs().max()) <= alpha + 1 / 255
+
+
+def test_colours_of_what_is_seen_stay():
+    for alpha in (1.0, 0.3, 0.125):
+        shadow = disc(0.2, alpha)
+        assert torch.equal(fill_transparent(shadow[:, :3], shadow[:, 3:]), shadow[:, :3])
+    faint = torch.cat([picture(20, 20), torch.full((1, 1, 20, 20), 2 / 255)], 1)
+    assert torch.equal(fill_transparent(faint[:, :3], faint[:, 3:]), faint[:, :3])
+
+
+def test_what_is_shown_changes_little_by_filling():
+    """A colour may change by its whole range only where next to nothing is seen of it."""
+    for alpha in torch.linspace(0, 1, 65).tolist():
+        x = disc(0.0, alpha)
+        changed = (fill_transparent(x[:, :3], x[:, 3:]) - x[:, :3]) * x[:, 3:]
+        # The largest value of alpha (1 - (8 alpha)^2).
+        assert float(changed.abs().max()) <= 0.9 * 0.0482
 
 
 def test_out_of_range_values_are_clamped(tiny):
@@ -385,12 +453,10 @@ def test_plan_is_what_runs(tiny):
 
 
 def test_plan_follows_free_memory(tiny):
-    plans = [tiny.plan(512, 512, Settings(), free_bytes=int(n * 2**30)) for n in (64, 0.9)]
+    plans = [tiny.plan(512, 512, Settings(), free_bytes=int(n * 2**30)) for n in (64, 0.5)]
     assert [p.mode for p in plans] == ["latent_tiles", "tiles"]
     assert plans[0].bytes_needed > plans[1].bytes_needed
     assert all(p.bytes_needed <= p.free_bytes for p in plans)
-    short = tiny.plan(512, 512, Settings(), free_bytes=1)
-    assert short.mode == "tiles"
 
 
 def test_report_tells_what_was_done(tiny):
@@ -432,3 +498,16 @@ def test_repr_tells_what_it_is(tiny):
     text = repr(tiny)
     for word in ("Random", "M parameters", "x4", "Apache-2.0"):
         assert word in text
+
+
+def test_memory_is_given_back_when_the_size_changes(tiny, monkeypatch):
+    """A batch or a film of one size keeps what it will need again."""
+    calls = []
+    monkeypatch.setattr(gendr.devices, "give_back", lambda: calls.append(1))
+    for side in (12, 12, 12, 40, 40, 12):
+        tiny.restore(picture(side, side), 4)
+    assert len(calls) == 3
+
+
+def test_giving_memory_back_is_harmless():
+    gendr.devices.give_back()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import help_pages
 import numpy as np
 import pack
 import pytest
@@ -383,6 +384,14 @@ def test_a_conditioning_stands_in_for_the_models_prompt(model, tokens, call):
 def test_a_conditioning_that_is_none_is_said_in_comfyuis_words(model, positive, words):
     with pytest.raises(ValueError, match=words):
         upscale(model, picture(), positive=positive)
+
+
+def test_help_pages_of_other_languages_are_made_of_the_node_texts():
+    made = help_pages.pages()
+    assert set(help_pages.HEADINGS) | {"en"} == set(LANGUAGES)
+    assert set(made) == set((pack.ROOT / "web" / "docs").glob("*/*.md"))
+    old = [file for file, text in made.items() if file.read_text("utf-8") != text]
+    assert not old, "a text in locales/ has changed: run python tests/help_pages.py"
 
 
 # ---- the host ----

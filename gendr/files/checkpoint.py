@@ -72,7 +72,7 @@ def load(
     runs_on: where a host will compute while the weights lie on `device`; decides the precision.
     usual: what dtype "auto" means to that host, unless the model's file names another.
     speed: how passes are run, one of `SPEEDS`. "graph" records them on an NVIDIA card, "compile" goes
-    through torch.compile; what can't be had runs eagerly, and the report says why.
+    through torch.compile; where it is not available, eagerly, and the report says why.
 
     FileNotFoundError or CheckpointError with a sentence for what can't be used.
     """

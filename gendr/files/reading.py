@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import devices
+from ..errors import first_line, uncoloured
 from .header import printable
 from .shapes import CheckpointError
 
@@ -27,7 +28,6 @@ EXTENSIONS = (*SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt")
 # Under which training programs keep the weights of a pickle that holds more than weights.
 NESTED = ("params_ema", "ema", "params", "state_dict", "model")
 # torch writes terminal colours into its messages.
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # torch stores weights as they are. Packed again by other programs they shrink by less than this.
 PACKED = 16
 # Stable Diffusion 2.1 with its autoencoder has 936; the largest diffusion models a few thousand.
@@ -84,12 +84,6 @@ def naming(path: Path) -> Iterator[None]:
             f"{path.name} can't be used, it is damaged or made for something else: get it again "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, without colours and not too long."""
-    lines = COLOURS.sub("", str(error)).splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def read_file(path: Path) -> File:
@@ -184,7 +178,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def unpickling(error: Exception) -> str:
     """What stopped torch's reader, without its advice to let the file run its code."""
-    found = re.search(r"(?:GLOBAL|function|global) ([\w.]+)", COLOURS.sub("", str(error)))
+    found = re.search(r"(?:GLOBAL|function|global) ([\w.]+)", uncoloured(error))
     return f"it asks for {found[1]}" if found else "it is damaged, or holds more than tensors"
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import first_line
+
 # Largest relative error of the kernels in the trial; bf16 rounds to 2^-8.
 TOLERANCE = 0.02
 
@@ -86,11 +88,6 @@ def trouble(device: str) -> str:
     except Exception as error:  # compilers fail in many ways, all meaning the same
         return f"Triton fails here ({type(error).__name__}: {first_line(error)})"
     return ""
-
-
-def first_line(error: BaseException) -> str:
-    """The start of an error's text, for a report."""
-    return next(iter(str(error).strip().splitlines()), "")[:160]
 
 
 def join(*layers: nn.Module) -> bool:

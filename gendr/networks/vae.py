@@ -85,25 +85,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        if self.fast:
-            return self.in_few_passes(x)
-        tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        out = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        fast = self.fast
+        normed = fused.norm(x, self.group_norm, silu=False) if fast else self.group_norm(x)
+        tokens = rearrange(normed, "b c h w -> b 1 (h w) c")
+        if fast and (joined := fused.joined(self.to_q, self.to_k, self.to_v)) is not None:
+            q, k, v = F.linear(tokens, *joined).chunk(3, dim=-1)
+        else:
+            q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        out = rearrange(self.to_out[0](attend(q, k, v)), "b 1 (h w) c -> b c h w", h=h, w=w)
         # Same memory order as x: a channels-last tensor left here slows all that follows on a CPU.
-        return x + rearrange(self.to_out[0](out), "b 1 (h w) c -> b c h w", h=h, w=w).contiguous()
-
-    def in_few_passes(self, x: Tensor) -> Tensor:
-        """The same with one projection, and without a change of memory order."""
-        h, w = x.shape[-2:]
-        tokens = rearrange(fused.norm(x, self.group_norm, silu=False), "b c h w -> b 1 (h w) c")
-        whole = fused.joined(self.to_q, self.to_k, self.to_v)
-        q, k, v = (
-            (self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-            if whole is None
-            else F.linear(tokens, *whole).chunk(3, dim=-1)
-        )
-        out = self.to_out[0](attend(q, k, v))
-        return x + rearrange(out, "b 1 (h w) c -> b c h w", h=h, w=w)
+        return x + (out if fast else out.contiguous())
 
 
 class Level(nn.Module):
@@ -146,7 +137,7 @@ class Level(nn.Module):
 def steps(levels: Iterable[Level]) -> list[nn.Module]:
     """Blocks and resamplings of all levels in a row.
 
-    Run one by one, the input of a level is let go of after its first block.
+    Run one by one, the input of a level is freed after its first block.
     """
     flat: list[nn.Module] = []
     for level in levels:

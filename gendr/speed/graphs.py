@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..networks.fused import first_line
+from ..errors import first_line
 
 Fn = Callable[[Tensor], Tensor]
 Tell = Callable[[str], None]
@@ -92,7 +92,7 @@ class Stamp:
 
 
 class Graphs:
-    """Recordings by key, the least recently used let go of first.
+    """Recordings by key, the least recently used freed first.
 
     budget: bytes that all may hold. is_oom: tells exhausted memory from other errors.
     """
@@ -139,7 +139,7 @@ class Graphs:
             except Exception as error:
                 if not self.is_oom(error):
                     raise
-                tell("out of memory beside the graphs: they were let go of")
+                tell("out of memory: freed all recorded CUDA graphs, running this pass eagerly")
                 del kept
                 self.forget()
             else:

@@ -1,4 +1,4 @@
-"""How passes are run: eagerly, as CUDA graphs, or compiled. What can't be had is named, not hidden."""
+"""How passes are run: eagerly, as CUDA graphs, or compiled; eagerly where another way is not available."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import devices
+from ..errors import first_line
 from ..networks import fused
 from ..networks.blocks import ResnetBlock
 from ..networks.onestep import OneStep, Step
@@ -55,7 +56,11 @@ def choose(wanted: str, device: torch.device, network: Step, *, casts: bool = Fa
         why = "the model is not folded"
     elif wanted == "graph" and device.type != "cuda":
         why = f"graphs need an NVIDIA card, this is {device.type}"
-    return Speed("eager", f"speed {wanted} can't be had: {why}") if why else Speed(wanted)
+    return (
+        Speed("eager", f"speed {wanted!r} is not available here: {why}; running eagerly")
+        if why
+        else Speed(wanted)
+    )
 
 
 def prepare(network: nn.Module, *, kernels: bool) -> None:
@@ -162,7 +167,7 @@ class Compiled(Eager):
                 raise
             self.off = (
                 "compile: the compiler failed, everything runs eagerly "
-                f"({type(error).__name__}: {fused.first_line(error)})"
+                f"({type(error).__name__}: {first_line(error)})"
             )
         tell(self.off)
         return fn(x)

@@ -39,6 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rig.ComfyUI]:
     with Image.open(example) as picture:
         small = picture.convert("RGB").resize((72, 72), Image.Resampling.LANCZOS)
     small.save(base / "input" / "example.png")
+    rig.write_clip(base / "input" / "clip.mp4")
     rig.write_models(base / "models" / "gendr")
     try:
         yield host.start()

@@ -222,6 +222,38 @@ def write_models(folder: Path) -> None:
     torch.save(_Evil(), folder / "evil.pth")
 
 
+def write_clip(path: Path) -> None:
+    """Eight moving frames of 64x48 with a tone; nothing where PyAV is missing."""
+    try:
+        import av
+    except ImportError:
+        return
+    with av.open(str(path), "w") as file:
+        video = file.add_stream("libx264", rate=8)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = file.add_stream("aac", rate=44100)
+        for n in range(8):
+            frame = np.full((48, 64, 3), 60, np.uint8)
+            frame[10:30, 4 * n : 4 * n + 20] = 220
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
+        tone = np.sin(np.arange(44100) * 0.05).astype(np.float32)[None]
+        sound = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+        sound.rate = 44100
+        file.mux(audio.encode(sound))
+        file.mux(video.encode())
+        file.mux(audio.encode())
+
+
+def video_facts(folder: Path) -> tuple[int, int, int, bool]:
+    """Frames, height, width and whether there is sound, of the newest video in a folder."""
+    import av
+
+    newest = max(folder.glob("*.mp4"), key=lambda file: file.stat().st_mtime)
+    with av.open(str(newest)) as file:
+        frames = [frame.to_ndarray(format="rgb24").shape for frame in file.decode(video=0)]
+        return len(frames), *frames[0][:2], bool(file.streams.audio)
+
+
 class _Evil:
     """A pickle that would leave a trace if it were executed."""
 
