@@ -30,12 +30,12 @@ wall, cpu = time.perf_counter(), time.process_time()
 found = index.find(sys.argv[1], Path(sys.argv[2]))
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 assert found[len(found) - 1].words() == "a caption"
-began = time.perf_counter()
+began = time.process_time()
 for at in range(0, len(found), max(1, len(found) // 1000)):
     found[at]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"pictures": len(found), "wall_s": wall, "cpu_s": cpu, "more_mib": (peak - base) / 1024,
-                  "us_per_entry": (time.perf_counter() - began) * 1e3}))
+                  "us_per_entry": (time.process_time() - began) * 1e3}))
 """
 
 

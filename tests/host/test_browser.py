@@ -51,8 +51,9 @@ FAULTS = """() => {
     }
     if (facts) {
       const known = {...facts.input.required, ...facts.input.optional};
+      // A part of an input is named after it: format.codec.
       for (const slot of node.inputs || [])
-        if (!(slot.name in known)) faults.push(`${node.type}: socket ${slot.name}`);
+        if (!(slot.name.split('.')[0] in known)) faults.push(`${node.type}: socket ${slot.name}`);
     }
   }
   return faults;
