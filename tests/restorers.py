@@ -138,6 +138,13 @@ def abar(t: int) -> Tensor:
 
 
 @torch.no_grad()
+def in_float64(x: Tensor, context: Tensor, *networks: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """The inputs in float64, and the networks made so: a reference without rounding of its own."""
+    for network in networks:
+        network.double()
+    return x.double(), context.double()
+
+
 def encode(vae, x: Tensor) -> Tensor:
     return vae.encode(x).latent_dist.mode() * vae.config.scaling_factor
 
@@ -180,6 +187,7 @@ def pisa(folder: Path, base: Path, *, which: tuple[str, ...] = ("pix", "sem")) -
 
     @torch.no_grad()
     def latent(x, context):
+        x, context = in_float64(x, context, unet, vae)
         z = encode(vae, x)
         return z - unet(z, 1, context).sample
 
@@ -218,6 +226,7 @@ def osediff(folder: Path, base: Path) -> Made:
 
     @torch.no_grad()
     def latent(x, context):
+        x, context = in_float64(x, context, unet, vae)
         z = encode(vae, x)
         return (z - (1 - a).sqrt() * unet(z, 999, context).sample) / a.sqrt()
 
@@ -256,6 +265,7 @@ def hypir(folder: Path, base: Path, *, coeff_t: int = 200) -> Made:
 
     @torch.no_grad()
     def latent(x, context):
+        x, context = in_float64(x, context, unet, vae)
         z = encode(vae, x)
         return (z - (1 - a).sqrt() * unet(z, 200, context).sample) / a.sqrt()
 
@@ -277,6 +287,7 @@ def omgsr(folder: Path, base: Path) -> Made:
 
     @torch.no_grad()
     def latent(x, context):
+        x, context = in_float64(x, context, unet, vae)
         z = encode(vae, x)
         out = unet(z, 273, encoder_hidden_states=context).sample
         return (z - (1 - a).sqrt() * out) / a.sqrt()

@@ -322,9 +322,15 @@ def start(tmp_path, tiny_checkpoint, count, more=()):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell starts what runs in its background deaf to Ctrl-C, nohup what it starts deaf to
+        # SIGHUP, and children inherit that.
+        preexec_fn=listening,
     )
+
+
+def listening() -> None:
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signals there")
@@ -396,8 +402,13 @@ def test_a_second_ctrl_c_does_not_wait():
             assert asked == [1]
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        twice()
+    # Whatever this process was started with: a shell's background is deaf to Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_public_names_are_there_without_being_imported_first():
