@@ -44,7 +44,7 @@ def test_a_converted_file_appears_loads_and_runs(server, converted):
     assert NAME in names
     result = server.run(graph(model=NAME, color_fix="auto"))
     assert result.status == "success", result.error
-    expected, report = converted.restore_with_report(noise(), 2.0)
+    expected, report = converted.restore_with_report(noise(), 2.0, fidelity=0.0)
     assert report.plan.work_size == (512, 717)
     torch.testing.assert_close(kept(server), expected, atol=1e-4, rtol=0)
     assert "Apache-2.0 (PiSA-SR) + OpenRAIL++-M (SD2.1-base)" in result.text("5")
@@ -55,7 +55,7 @@ def test_a_converted_file_appears_loads_and_runs(server, converted):
 def test_a_conditioning_replaces_the_models_prompt(server, converted, tokens):
     result = server.run(prompted(tokens, color_fix="auto"))
     assert result.status == "success", result.error
-    expected = converted.restore(noise(), 2.0, prompt=embedding(tokens))
+    expected = converted.restore(noise(), 2.0, fidelity=0.0, prompt=embedding(tokens))
     torch.testing.assert_close(kept(server), expected, atol=1e-4, rtol=0)
     assert f"prompt: {tokens} tokens instead of the model's own" in result.text("5")
     # Without the wire it is the model's own again.
