@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gendr.networks.vae import TINY_VAE, VAE
 from train import layers
-from train.atomic import replacing
+from train.atomic import program, replacing
 from train.data.shards import Pairs
 from train.memory import plan
 from train.pixels import pixel_loss, psnr
@@ -137,4 +137,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(program("train.autoencoder", main))

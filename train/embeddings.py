@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.atomic import replacing
+from train.atomic import program, replacing
 
 FORMAT = "gendr-embeddings"
 NAMES = ("positive", "negative", "null")
@@ -269,4 +269,4 @@ def make(args: argparse.Namespace, texts: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program("train.embeddings", main))

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import gendr
+from train.atomic import program
 from train.evaluation import judges, measure, methods, options, report, testset
 from train.evaluation.metrics import COST, NATIVE, REFERENCE
 from train.evaluation.niqe import Niqe
@@ -197,4 +198,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("train.evaluate", main))

@@ -37,7 +37,7 @@ from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
 from gendr.schedule import beta_bar
 from train import degrade, layers, pairs, peers
-from train.atomic import replacing
+from train.atomic import program, replacing
 from train.data.shards import Pairs
 from train.memory import plan
 from train.pixels import enlarge, pixel_loss, psnr
@@ -499,6 +499,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        raise SystemExit(program("train.restorer", main))
     except checkpoint.CheckpointError as error:
         raise SystemExit(f"train.restorer: {error}") from error
