@@ -22,6 +22,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gendr.errors import first_line
 from train.atomic import replacing, write_text
 from train.data.stream import Stream
 from train.processes import Processes, TrainingError
@@ -153,10 +154,9 @@ class Run:
             try:
                 part.load_state_dict(state[name])
             except (RuntimeError, ValueError, KeyError) as error:
-                first = str(error).strip().splitlines()[0]
                 raise TrainingError(
                     f"the {name} of {path or self.state_path} is of another version or of other networks "
-                    f"than this run: give another --out ({first})"
+                    f"than this run: give another --out ({first_line(error)})"
                 ) from error
         for name, value in state.get("watch", {}).items():
             setattr(self, name, value)
