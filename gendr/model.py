@@ -173,6 +173,8 @@ class GenDR:
 
         if mask is None:
             return run(image)
+        facts = {"masked": True, "batch": len(image), "free_bytes": free_bytes, "device": place}
+        self.expect_memory(*image.shape[-2:], chosen, **facts)
         result, box, report = region.restore_within(mask, image, chosen, run)
         if report is None:
             nothing = replace(planned(image, free_bytes), grid=NO_TILES)
@@ -207,15 +209,43 @@ class GenDR:
         free_bytes: int | None = None,
         device: torch.device | str | None = None,
     ) -> Plan:
-        """What `restore` will do with pictures of this size, without running."""
+        """What `restore` will do with pictures of this size, without running. `NotEnoughMemory`."""
         settings = settings or Settings()
+        return self._case(height, width, settings, batch, free_bytes, device).made()
+
+    def expect_memory(
+        self,
+        height: int,
+        width: int,
+        settings: Settings | None = None,
+        *,
+        masked: bool = False,
+        batch: int = 1,
+        free_bytes: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`NotEnoughMemory` where pictures of this size, as a file's header tells it, and their
+        results cannot be held. masked: whether a mask will choose a part of them."""
+        case = self._case(height, width, settings or Settings(), batch, free_bytes, device)
+        replace(case, masked=masked).expect_memory()
+
+    def _case(
+        self,
+        height: int,
+        width: int,
+        settings: Settings,
+        batch: int,
+        free_bytes: int | None,
+        device: torch.device | str | None,
+    ) -> plan.Case:
+        """What a plan goes by."""
         place = self.device if device is None else torch.device(device)
         guidance = self.guidance(settings)
-        return plan.make(
-            self.network.config,
-            settings,
-            height,
-            width,
+        return plan.Case(
+            config=self.network.config,
+            settings=settings,
+            height=height,
+            width=width,
             images=batch,
             train_tile=self.header.tile,
             free=devices.free_bytes(place) if free_bytes is None else free_bytes,

@@ -476,6 +476,40 @@ def test_advice_is_in_the_command_lines_words(gendr, tmp_path):
     assert code == 2
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_memory_cannot_hold_is_refused_before_it_is_decoded(
+    gendr, tmp_path, monkeypatch, masked
+):
+    small = picture(tmp_path / "in" / "small.png", size=(40, 30))
+    large = tmp_path / "in" / "large.png"
+    Image.new("1", (4000, 3000)).save(large)
+    mask = tmp_path / "mask.png"
+    Image.new("1", (40, 30), 1).save(mask)
+    decoded = []
+    read = upscale.pictures.read
+
+    def noted(path, **reading):
+        decoded.append(path)
+        return read(path, **reading)
+
+    monkeypatch.setattr(upscale.pictures, "read", noted)
+    monkeypatch.setattr(devices, "_free_host_bytes", lambda: 2**28)
+    more = ["--mask", mask] if masked else []
+    code, _, err = gendr("upscale", tmp_path / "in", "-o", tmp_path / "out", *more)
+    assert (code, decoded[masked:]) == (1, [small])
+    assert visible(tmp_path / "out") == {"small_x1.png"}
+    assert f"failed: {large}: 4000x3000 enlarged to 4000x3000 (12.0 MP) take about" in err
+    assert "GiB are free: even scale 1 does not fit; use a smaller picture" in err
+
+
+def test_a_comparison_that_memory_cannot_hold_is_refused(capsys, tmp_path, monkeypatch):
+    Image.new("1", (4000, 3000)).save(tmp_path / "a.png")
+    monkeypatch.setattr(devices, "_free_host_bytes", lambda: 2**28)
+    assert cli.main(["compare", str(tmp_path / "a.png"), str(tmp_path / "a.png")]) == 1
+    told = capsys.readouterr().err
+    assert "a.png and a.png take about 1.1 GiB of main memory, and 0.2 GiB are free" in told
+
+
 def test_a_large_picture_is_measured_without_being_decoded(gendr, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # what Pillow refuses to open

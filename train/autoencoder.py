@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gendr.devices import choose_device
 from gendr.networks.vae import TINY_VAE, VAE
 from train import layers, memory, recipe
+from train.atomic import program
 from train.data.shards import Pairs
 from train.pixels import pixel_loss, psnr
 from train.run import Average, Run, TrainingError, rate, step_generator
@@ -141,4 +142,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program("train.autoencoder", main))

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gendr.errors import first_line
-from train.atomic import replacing
+from train.atomic import program, replacing
 
 FORMAT = "gendr-embeddings"
 NAMES = ("positive", "negative", "null")
@@ -269,4 +269,4 @@ def make(args: argparse.Namespace, texts: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program("train.embeddings", main))

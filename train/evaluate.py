@@ -26,6 +26,7 @@ import torch
 
 import gendr
 from gendr.devices import choose_device
+from train.atomic import program
 from train.evaluation import judges, measure, methods, options, report, testset
 from train.evaluation.metrics import COST, NATIVE, REFERENCE
 from train.evaluation.niqe import Niqe
@@ -196,4 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("train.evaluate", main))

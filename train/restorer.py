@@ -33,6 +33,7 @@ from gendr.networks.onestep import Unfolded
 from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
 from train import memory, pairs, peers, recipe
+from train.atomic import program
 from train.data.index import DataError
 from train.data.shards import Pairs
 from train.pixels import enlarge, psnr
@@ -324,4 +325,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program("train.restorer", main))

@@ -223,6 +223,10 @@ class Batch:
         options = self.options
         self.bar.begin(job.source.name, job.pixels)
         identity = self.key(job)  # of the file as it is read, in case it changes meanwhile
+        # By its header: what cannot be held must not be decoded first.
+        model.expect_memory(
+            *pictures.measure(job.source), options.settings, masked=self.mask is not None
+        )
         picture = pictures.read(job.source, **self.reading)
         for note in picture.notes:
             self.say(f"note: {plain(job.source)}: {plain(note)}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE, VAEConfig
 from . import folders, layouts
-from .reading import SAFETENSORS, read_json, read_pickle
+from .reading import is_safetensors, read_json, read_pickle
 from .shapes import CheckpointError, recognise, unet_config, vae_config
 from .stored import Stored
 
@@ -66,7 +66,7 @@ def read(path: Path) -> Base:
 
 
 def _open(path: Path) -> Stored:
-    if path.suffix.lower() in SAFETENSORS:
+    if is_safetensors(path):
         return Stored(path)
     return Stored(path, lambda: read_pickle(path))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import schedule
 from . import layouts, lora
 from .lora import Lora
-from .reading import SAFETENSORS, check_numbers, load_pickle, read_safetensors
+from .reading import check_numbers, is_safetensors, load_pickle, read_safetensors
 from .shapes import CheckpointError, vae_config
 
 # peft's lora_alpha where a program doesn't set it; the pickles hold the rank alone.
@@ -215,7 +215,7 @@ def _contents(path: Path) -> Any:
     """What a file holds; of a folder, its adapters' folders by name; tensors are mapped."""
     if path.is_dir():
         return {name: path / name for name in OMGSR_FOLDERS if (path / name).is_dir()}
-    if path.suffix.lower() not in SAFETENSORS:
+    if not is_safetensors(path):
         return load_pickle(path)
     return read_safetensors(path).tensors
 
