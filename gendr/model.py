@@ -95,10 +95,10 @@ class GenDR:
         H, W are exactly h * scale and w * scale with halves rounded up, or the target size. Values
         are in [0, 1], never NaN.
         The same input gives the same output on the same machine, with the same versions and number
-        of threads and the same plan, to the last bit; a picture the same result alone as in a batch, but
-        for frames of a clip with `steady`.
-        Other processors, cards, threads and tiles round differently: about 1e-5 in fp32, up to 1e-2
-        of the full range in single pixels in bf16 and fp16.
+        of threads and the same plan, to the last bit; a picture the same result alone as in a batch,
+        but for frames of a clip with `steady`.
+        Other threads round differently: on one CPU by up to 4e-7 of the range in fp32, 8e-3 in bf16.
+        Other tiles see less or more: by up to 4e-2 in single pixels, 1e-3 on average.
         ValueError for an input that can't be used, `Cancelled` when stopped, `NotFinite` when the
         model fails in every precision.
         """

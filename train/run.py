@@ -162,10 +162,9 @@ class Run:
             try:
                 part.load_state_dict(state[name])
             except (RuntimeError, ValueError, KeyError) as error:
-                first = str(error).strip().splitlines()[0]
                 raise TrainingError(
                     f"the {name} of {path or self.state_path} is of another version or of other networks "
-                    f"than this run: give another --out ({first})"
+                    f"than this run: give another --out ({first_line(error)})"
                 ) from error
         for name, value in state.get("watch", {}).items():
             setattr(self, name, value)
