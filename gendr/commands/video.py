@@ -201,10 +201,9 @@ class Clip:
         """
         target = self.memory(piece)
         earlier = sorted(self.folder.glob("*.safetensors"))
-        save_file(
-            {n: t.contiguous() for n, t in steady.state().items()}, target.with_suffix(".part")
-        )
-        target.with_suffix(".part").replace(target)
+        part = target.with_suffix(".known")
+        save_file({name: x.contiguous() for name, x in steady.state().items()}, part)
+        part.replace(target)
         for file in earlier[:-1]:
             file.unlink(missing_ok=True)
 
