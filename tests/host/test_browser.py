@@ -82,6 +82,15 @@ PLACE = """([type, name]) => {
   return [x + frame.left, y + frame.top];
 }"""
 
+# What the front end's own search offers for some words, best first: [name, title].
+FOUND = """words => {
+  const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+  const found = stores.get('nodeDef').nodeSearchService.searchNode(words, []);
+  return found.map(node => [node.name, node.display_name]);
+}"""
+# Without scrolling. Nodes that are used much stand before all others that fit as well.
+FIRST_LINES = 10
+
 
 @pytest.fixture(scope="module")
 def page(server):
@@ -220,6 +229,19 @@ def test_graphs_of_earlier_releases_open_with_their_values(server, page, path):
         specs = facts["required"] | facts.get("optional", {})
         defaults = {k: spec[1]["default"] for k, spec in specs.items() if "default" in spec[1]}
         assert asked[str(node["id"])]["inputs"] == defaults | node["meant"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("upscale", "upscale image", "enlarge image", "increase resolution", "hires", "denoise"),
+        *("deblur", "sharpen", "video upscale", "face restore"),
+    ],
+)
+def test_the_search_offers_a_node_of_ours_in_its_first_lines(page, words):
+    found = page.evaluate(FOUND, words)
+    assert "GenDRUpscale" in [name for name, _ in found]
+    assert [title for _, title in found[:FIRST_LINES] if "GenDR" in title], found[:FIRST_LINES]
 
 
 def test_another_language(server, page):
