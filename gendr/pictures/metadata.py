@@ -80,6 +80,14 @@ def beside(info: dict[str, Any], tags: Any, kind: str) -> dict[str, Any]:
     return found
 
 
+def xmp_of_segments(segments: list[tuple[str, bytes]]) -> bytes | None:
+    """The XMP among a JPEG's application segments, (marker, content)."""
+    for _, content in segments:
+        if content.startswith(XMP_SEGMENT):
+            return content[len(XMP_SEGMENT) :]
+    return None
+
+
 def upright_xmp(xmp: bytes | None) -> bytes | None:
     """XMP repeats the orientation, which has been applied."""
     if not xmp:

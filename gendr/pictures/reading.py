@@ -244,6 +244,10 @@ class _Source:
                 **{"colour": tuple(png.colour), "text": tuple(png.text)},
             }
         info = self.image.info if self.image is not None else {}
+        if self.kind == "JPEG" and "xmp" not in info:
+            # Older Pillows do not tell it there.
+            segments = getattr(self.image, "applist", [])
+            info = info | {"xmp": metadata.xmp_of_segments(segments)}
         return metadata.beside(info, self.page.tags if self.page else {}, self.kind)
 
     def profile(self) -> bytes | None:
@@ -266,8 +270,18 @@ class _Source:
         if self.jpeg is not None and self.whole:
             jpeg.expect_whole(self.image, self.file, self.jpeg)
         found = wide or modes.samples(self.image, self.kind, bits, self.notes)
-        # Pillow turns a TIFF while it loads it.
-        return found._replace(upright=self.kind == "TIFF")
+        return found._replace(upright=self.kind == "TIFF" and self._turned(found.values))
+
+    def _turned(self, values: np.ndarray) -> bool:
+        """Whether Pillow has turned these samples of a TIFF while it loaded it.
+
+        It does so for the tag. For an orientation in XMP alone newer ones do; sides tell it.
+        """
+        with contextlib.suppress(Exception):
+            if self.tags().get(ORIENTATION):
+                return True
+        swaps = self.orientation() in TURNED and self.size[0] != self.size[1]
+        return not swaps or values.shape[:2] != tuple(self.size)
 
 
 def _frames(image: Image.Image) -> int:
