@@ -206,6 +206,9 @@ class Batch:
 
     def folder_problem(self, folder: Path) -> str | None:
         """Why nothing can be written to `folder`, found out by trying."""
+        if self.folders.get(folder, "") is None and not folder.is_dir():
+            # A disk that was taken away, say: what is made in its place would go to another.
+            return f"the folder {folder} is gone; bring it back, or choose another with --output"
         if folder not in self.folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
