@@ -27,12 +27,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import pictures
+from .. import devices, pictures
 from ..files import checkpoint
 from ..model import GenDR
 from ..pictures.placing import sweep
 from ..report import OnProgress, Report
 from ..settings import Settings
+from ..steady import Steady
 from . import jobs, masks, stopping, team, video
 from .jobs import Job, expect_room, result_pixels
 from .journal import Journal, key
@@ -44,7 +45,10 @@ STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `gendr upscale` was asked for, besides how a picture is restored."""
+    """What `gendr upscale` was asked for, besides how a picture is restored.
+
+    settings: of a clip; pictures are no frames, and `steady` is not for them.
+    """
 
     settings: Settings
     output: Path | None
@@ -98,7 +102,7 @@ class Batch:
         self.full = False  # the disk was full once: look first, do not work for nothing
         header = checkpoint.describe(options.model or checkpoint.EMBEDDED)
         self.facts = {
-            "settings": dataclasses.asdict(options.settings),
+            "settings": dataclasses.asdict(dataclasses.replace(options.settings, steady=False)),
             "model": header.get("sha256") or str(header),
             "base": str(options.base),
             "dtype": options.dtype,
@@ -270,9 +274,12 @@ class Batch:
         if size != plan.output_size:
             events["the last row or column is left out: H.264 needs even sides"] = None
         started = time.monotonic()
+        # One plan for all frames: other tiles would round otherwise.
+        whole = {"clip": Steady(), "steady": self.options.settings.steady}
+        whole["free_bytes"] = devices.free_bytes(model.device)
 
         def frame(pixels: Tensor) -> Tensor:
-            output, report = self.restored(model, pixels, lambda p: None)
+            output, report = self.restored(model, pixels, lambda p: None, **whole)
             events.update(dict.fromkeys(report.events))
             return output
 
@@ -280,7 +287,9 @@ class Batch:
             total = max(frames, number)
             self.bar.tile(number, total, number / total)
 
-        done = clip.restore(frame, told, lambda part: self.record(job, identity, part))
+        done = clip.restore(
+            frame, told, lambda part: self.record(job, identity, part), whole["clip"]
+        )
         return Report(
             model=model.name,
             settings=self.options.settings,
@@ -292,12 +301,14 @@ class Batch:
             events=[f"{done} frames", *events],
         )
 
-    def restored(self, model: GenDR, pixels: Tensor, told: OnProgress) -> tuple[Tensor, Report]:
-        mask = {}
+    def restored(
+        self, model: GenDR, pixels: Tensor, told: OnProgress, **others: Any
+    ) -> tuple[Tensor, Report]:
+        """others: what a frame of a clip has besides; a picture on its own is none."""
         if self.mask is not None:
-            mask["mask"] = masks.fitted(self.mask, *pixels.shape[-2:])
-        settings = dataclasses.asdict(self.options.settings)
-        return model.restore_with_report(pixels, progress=told, **mask, **settings)
+            others["mask"] = masks.fitted(self.mask, *pixels.shape[-2:])
+        settings = dataclasses.asdict(self.options.settings) | {"steady": False}
+        return model.restore_with_report(pixels, progress=told, **(settings | others))
 
     def record(self, job: Job, identity: str, part: Path) -> None:
         with contextlib.suppress(OSError):  # without its record a picture is still a picture
@@ -307,7 +318,10 @@ class Batch:
         self.stopping = True
 
     def key(self, job: Job) -> str:
-        return key(job.source, {**self.facts, "target": job.target.name})
+        facts = {**self.facts, "target": job.target.name}
+        if video.is_clip(job.source):
+            facts["steady"] = self.options.settings.steady
+        return key(job.source, facts)
 
     # ---- words ----
 
