@@ -266,6 +266,8 @@ class _Source:
         if self.jpeg is not None and self.whole:
             self.notes += jpeg.expect_whole(self.image, self.file, self.jpeg)
         found = wide or modes.samples(self.image, self.kind, bits, self.notes)
+        if self.page is not None:
+            tiff.left_out(tiff.unread(self.page, found.values.shape[-1]), self.notes)
         # Pillow turns a TIFF while it loads it.
         return found._replace(upright=self.kind == "TIFF")
 
