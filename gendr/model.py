@@ -19,6 +19,7 @@ from .report import OnProgress, Report
 from .restoration import Restoration
 from .settings import SPEEDS, Settings, for_model
 from .speed import runners as speeds
+from .steady import Steady
 from .tiles import NO_TILES
 
 
@@ -94,7 +95,8 @@ class GenDR:
         H, W are exactly h * scale and w * scale with halves rounded up, or the target size. Values
         are in [0, 1], never NaN.
         The same input gives the same output on the same machine, with the same versions and number
-        of threads and the same plan, to the last bit; a picture the same result alone as in a batch.
+        of threads and the same plan, to the last bit; a picture the same result alone as in a batch,
+        but for frames of a clip with `steady`.
         Other threads round differently: on one CPU by up to 4e-7 of the range in fp32, 8e-3 in bf16.
         Other tiles see less or more: by up to 4e-2 in single pixels, 1e-3 on average.
         ValueError for an input that can't be used, `Cancelled` when stopped, `NotFinite` when the
@@ -109,6 +111,7 @@ class GenDR:
         *,
         mask: Tensor | None = None,
         prompt: Tensor | None = None,
+        clip: Steady | None = None,
         progress: OnProgress | None = None,
         cancelled: Callable[[], bool] | None = None,
         device: torch.device | str | None = None,
@@ -120,6 +123,8 @@ class GenDR:
         """As `restore`, with a `Report` of what was done.
 
         prompt: embedding of a text by SD2's text encoder, 1 n d, instead of the model's fixed prompt.
+        clip: what the frames of a clip say that were restored in calls before, with `steady`; a new
+        `steady.Steady` for the first. None = the pictures of this call are the whole clip.
         progress: called after every pass; what it raises passes through and ends the run.
         cancelled: asked before every pass and every strip.
         device: where to compute, when something else than this object put the weights there.
@@ -161,6 +166,7 @@ class GenDR:
                 cancelled=cancelled,
                 is_oom=is_oom,
                 prompt=words,
+                clip=(clip or Steady()) if chosen.steady else None,
                 licence=self.licence,
                 events=[*events],
             )

@@ -735,3 +735,30 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, tiny_checkpoint, cap
 def test_a_device_without_numbers_is_refused():
     with pytest.raises(ValueError, match="device 'meta' can't be used here: choose auto or cpu"):
         devices.choose_device("meta")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_words_that_find_no_room_stop_no_work(tmp_path, tiny_checkpoint, monkeypatch, name):
+    pictures = [tmp_path / "missing.png", *(picture(tmp_path / f"{n}.png", n) for n in (1, 2))]
+    words = ["upscale", *map(str, pictures), "-o", str(tmp_path / "out"), "--scale", "1"]
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, name, full)
+        words += ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32"]
+        assert cli.main(words) == 1
+    assert visible(tmp_path / "out") == {"1_x1.png", "2_x1.png"}
+
+
+def test_a_switch_that_is_off_is_no_part_of_a_key():
+    settings = upscale.Settings(scale=2, seamless=False)
+    assert upscale.asked(settings)["scale"] == 2
+    assert not {"seamless", "steady", "long_side"} & upscale.asked(settings).keys()
+    assert upscale.asked(upscale.Settings(seamless=True))["seamless"] is True
+
+
+def test_free_memory_is_known_without_proc(monkeypatch):
+    def closed(*_, **__):
+        raise FileNotFoundError("/proc/meminfo")
+
+    monkeypatch.setattr("builtins.open", closed)
+    assert devices._free_in_system() > 2**20

@@ -23,16 +23,17 @@ import warnings
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
-from .. import pictures
+from .. import devices, pictures
 from ..files import checkpoint
 from ..model import GenDR
 from ..pictures.placing import sweep
 from ..report import OnProgress, Report
 from ..settings import Settings
+from ..steady import Steady
 from . import jobs, masks, stopping, team, video
 from .jobs import Job, expect_room, result_pixels
 from .journal import Journal, key
@@ -44,7 +45,10 @@ STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `gendr upscale` was asked for, besides how a picture is restored."""
+    """What `gendr upscale` was asked for, besides how a picture is restored.
+
+    settings: of a clip; pictures are no frames, and `steady` is not for them.
+    """
 
     settings: Settings
     output: Path | None
@@ -95,10 +99,11 @@ class Batch:
         self.journal = Journal()
         self.folders: dict[Path, str | None] = {}
         self.stopping = False  # Ctrl-C came while a picture was being written
+        self.untold = False  # standard output takes no more words
         self.full = False  # the disk was full once: look first, do not work for nothing
         header = checkpoint.describe(options.model or checkpoint.EMBEDDED)
         self.facts = {
-            "settings": dataclasses.asdict(options.settings),
+            "settings": asked(dataclasses.replace(options.settings, steady=False)),
             "model": header.get("sha256") or str(header),
             "base": str(options.base),
             "dtype": options.dtype,
@@ -206,6 +211,9 @@ class Batch:
 
     def folder_problem(self, folder: Path) -> str | None:
         """Why nothing can be written to `folder`, found out by trying."""
+        if self.folders.get(folder, "") is None and not folder.is_dir():
+            # A disk that was taken away, say: what is made in its place would go to another.
+            return f"the folder {folder} is gone; bring it back, or choose another with --output"
         if folder not in self.folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -267,9 +275,12 @@ class Batch:
         if size != plan.output_size:
             events["the last row or column is left out: H.264 needs even sides"] = None
         started = time.monotonic()
+        # One plan for all frames: other tiles would round otherwise.
+        whole = {"clip": Steady(), "steady": self.options.settings.steady}
+        whole["free_bytes"] = devices.free_bytes(model.device)
 
         def frame(pixels: Tensor) -> Tensor:
-            output, report = self.restored(model, pixels, lambda p: None)
+            output, report = self.restored(model, pixels, lambda p: None, **whole)
             events.update(dict.fromkeys(report.events))
             return output
 
@@ -277,7 +288,9 @@ class Batch:
             total = max(frames, number)
             self.bar.tile(number, total, number / total)
 
-        done = clip.restore(frame, told, lambda part: self.record(job, identity, part))
+        done = clip.restore(
+            frame, told, lambda part: self.record(job, identity, part), whole["clip"]
+        )
         return Report(
             model=model.name,
             settings=self.options.settings,
@@ -289,12 +302,14 @@ class Batch:
             events=[f"{done} frames", *events],
         )
 
-    def restored(self, model: GenDR, pixels: Tensor, told: OnProgress) -> tuple[Tensor, Report]:
-        mask = {}
+    def restored(
+        self, model: GenDR, pixels: Tensor, told: OnProgress, **others: Any
+    ) -> tuple[Tensor, Report]:
+        """others: what a frame of a clip has besides; a picture on its own is none."""
         if self.mask is not None:
-            mask["mask"] = masks.fitted(self.mask, *pixels.shape[-2:])
-        settings = dataclasses.asdict(self.options.settings)
-        return model.restore_with_report(pixels, progress=told, **mask, **settings)
+            others["mask"] = masks.fitted(self.mask, *pixels.shape[-2:])
+        settings = dataclasses.asdict(self.options.settings) | {"steady": False}
+        return model.restore_with_report(pixels, progress=told, **(settings | others))
 
     def record(self, job: Job, identity: str, part: Path) -> None:
         with contextlib.suppress(OSError):  # without its record a picture is still a picture
@@ -304,7 +319,10 @@ class Batch:
         self.stopping = True
 
     def key(self, job: Job) -> str:
-        return key(job.source, {**self.facts, "target": job.target.name})
+        facts = {**self.facts, "target": job.target.name}
+        if video.is_clip(job.source):
+            facts["steady"] = self.options.settings.steady
+        return key(job.source, facts)
 
     # ---- words ----
 
@@ -315,8 +333,7 @@ class Batch:
         self.entries.append(entry)
         self.bar.picture(job.pixels, worked=status == "done")
         if self.options.json:
-            self.bar.clear()
-            print(as_json(entry), flush=True)
+            self.tell(as_json(entry))
         if status == "failed":
             self.complain(f"failed: {plain(blame(entry))}")
         elif status == "skipped":
@@ -335,7 +352,7 @@ class Batch:
         done = sum(entry["status"] in ("done", "skipped") for entry in self.entries)
         again = f"{os.environ.get('GENDR_PROG', 'gendr')} {resuming(self.options.command)}"
         if self.options.json:
-            print(as_json({"summary": {"interrupted": True, "done": done}}), flush=True)
+            self.tell(as_json({"summary": {"interrupted": True, "done": done}}))
         self.complain(
             f"Stopped: {done} of {len(self.jobs)} pictures are done and kept. Go on with\n  "
             f"{plain(again)}"
@@ -350,7 +367,7 @@ class Batch:
         if self.crew.index == 0:
             if self.options.json:
                 facts = {**counts, "pictures": len(self.entries), "seconds": round(seconds, 2)}
-                print(as_json({"summary": facts}), flush=True)
+                self.tell(as_json({"summary": facts}))
             told = ", ".join(f"{count} {status}" for status, count in counts.items())
             if not self.entries:
                 self.complain("nothing to restore")
@@ -365,21 +382,44 @@ class Batch:
                     several = f"{len(entries)} pictures: {why}"
                     one = len(entries) == 1
                     self.complain(f"  {plain(blame(entries[0]) if one else several)}")
-        return 1 if failed or not self.entries else 0
+        return 1 if failed or self.untold or not self.entries else 0
 
     def say(self, text: str) -> None:
         """To stdout, or nowhere where stdout carries JSON."""
         if not (self.options.quiet or self.options.json):
-            self.bar.clear()
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """A line to stdout. Where that is full, the work goes on, and the exit code tells."""
+        if self.untold:
+            return
+        self.bar.clear()
+        try:
             print(text, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.untold = True
+            quiet(sys.stdout)
+            self.complain(f"nothing more is told on standard output: {plain(reason(error))}")
 
     def complain(self, text: str) -> None:
-        self.bar.clear()
-        print(text, file=sys.stderr, flush=True)
+        # The last place for words: where it takes none, the work goes on without them.
+        try:
+            self.bar.clear()
+            print(text, file=sys.stderr, flush=True)
+        except OSError:
+            quiet(sys.stderr)
 
     def warn(self, message: Warning | str, *_: Any) -> None:
         if not self.options.quiet:
             self.complain(f"warning: {plain(message)}")
+
+
+def asked(settings: Settings) -> dict[str, Any]:
+    """The settings without what is off: a switch that a later version brings changes no key."""
+    values = dataclasses.asdict(settings)
+    return {name: v for name, v in values.items() if v is not None and v is not False}
 
 
 def resuming(typed: list[str]) -> str:
@@ -388,6 +428,12 @@ def resuming(typed: list[str]) -> str:
     options = [word for word in typed[:end] if word != "--resume"]
     words = [*options[:1], "--resume", *options[1:], *typed[end:]]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def quiet(stream: TextIO) -> None:
+    """Let what waits in a stream that takes nothing more go nowhere: it would fail again at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def as_json(entry: dict[str, Any]) -> str:

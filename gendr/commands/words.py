@@ -193,6 +193,12 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="restore where this picture is white, enlarge plainly elsewhere",
     )
+    look.add_argument(
+        "--no-steady",
+        dest="steady",
+        action="store_false",
+        help="videos: every frame on its own; what does not move is kept from flickering otherwise",
+    )
     look.add_argument("--seamless", action="store_true", help="keep a repeating texture repeating")
 
     work = made.add_argument_group("work")

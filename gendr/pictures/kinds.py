@@ -130,6 +130,9 @@ def os_reason(error: OSError) -> str:
         errno.EROFS: "it lies on a read-only disk",
         errno.ENOSPC: "the disk is full; free some space",
         errno.EDQUOT: "your share of the disk is full; free some space",
+        errno.EFBIG: "it is larger than that disk allows files to be; choose another place",
+        errno.EIO: "the disk reports a fault (input/output error); check it",
+        errno.EMFILE: "too many files are open; allow more with `ulimit -n`",
         errno.ENAMETOOLONG: "the name is too long; shorten it",
     }
     return known.get(error.errno, error.strerror or str(error))
