@@ -158,9 +158,9 @@ def test_whole_pictures_stay_within_their_estimate(tiny, channels, color_fix, fi
     network.encode = network.decode = lambda x: x
     network.step = lambda z, **options: z
     # Large enough for the strips of colour fixes to be small beside it.
-    x = torch.rand(1, channels, 384, 384)
+    x = torch.rand(1, channels, 512, 512)
     settings = {"tile": 128, "color_fix": color_fix, "fidelity": fidelity}
     with LiveBytes() as live:
         tiny.restore(x, 3, free_bytes=8 * GIB, **settings)
-    needed = tiny.plan(384, 384, Settings(scale=3, **settings), free_bytes=8 * GIB).bytes_needed
+    needed = tiny.plan(512, 512, Settings(scale=3, **settings), free_bytes=8 * GIB).bytes_needed
     assert 0.6 * needed <= live.peak <= needed
