@@ -762,3 +762,24 @@ def test_free_memory_is_known_without_proc(monkeypatch):
 
     monkeypatch.setattr("builtins.open", closed)
     assert devices._free_in_system() > 2**20
+
+
+def test_what_a_format_cannot_hold_is_told_by_the_plan(gendr, tmp_path):
+    source = tmp_path / "long.png"
+    Image.new("L", (9000, 2)).save(source)
+    code, out, err = gendr("upscale", source, "--scale", "8", "--plan", "--format", "jpg")
+    assert (code, out) == (1, "")
+    assert "JPEG ends at 65500 pixels a side, the result has 72000x16: choose --format png" in err
+    code, _, err = gendr("upscale", source, "--plan", "--max-pixels", "100")
+    assert code == 1
+    assert "more than the limit of 0.0001; reduce it first, or raise --max-pixels" in err
+
+
+@pytest.mark.parametrize(("ending", "bits"), [("tif", 16), ("bmp", 8)])
+def test_four_gigabytes_are_told_before_the_work(ending, bits):
+    # Pixels that take no memory.
+    pixels = torch.ones(1).expand(1, 3, 6000, 8000)
+    held = jobs.pictures.Picture(pixels, bits=bits)
+    with pytest.raises(ValueError, match="ends at 4 GB, which the result exceeds"):
+        jobs.expect_room(Path(f"a.{ending}"), held, upscale.Settings(scale=6))
+    jobs.expect_room(Path("a.png"), held, upscale.Settings(scale=6))

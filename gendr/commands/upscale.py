@@ -35,7 +35,7 @@ from ..report import OnProgress, Report
 from ..settings import Settings
 from ..steady import Steady
 from . import jobs, masks, stopping, team, video
-from .jobs import Job, expect_room, result_pixels
+from .jobs import Job, expect_room, expect_sides, result_pixels
 from .journal import Journal, key
 from .progress import Bar, clock_time
 from .trouble import FULL_DISK, blame, disk_full, plain, reason, unexpected
@@ -174,7 +174,9 @@ class Batch:
         model = self.model
         try:
             if self.options.plan:
-                height, width, frames = jobs.measure(job)
+                height, width, frames = jobs.measure(job, self.options.max_pixels)
+                if not video.is_clip(job.source):
+                    expect_sides(job.target, height, width, self.options.settings)
                 plan = model.plan(height, width, self.options.settings)
                 text = f"{frames} frames, each:\n{plan}" if frames > 1 else str(plan)
                 return {"status": "planned", "text": text, **plan.as_dict()}
@@ -232,13 +234,13 @@ class Batch:
         self.bar.begin(job.source.name, job.pixels)
         identity = self.key(job)  # of the file as it is read, in case it changes meanwhile
         # By its header: what cannot be held must not be decoded first.
-        model.expect_memory(
-            *pictures.measure(job.source), options.settings, masked=self.mask is not None
-        )
+        height, width, _ = jobs.measure(job, options.max_pixels)
+        expect_sides(job.target, height, width, options.settings)
+        model.expect_memory(height, width, options.settings, masked=self.mask is not None)
         picture = pictures.read(job.source, **self.reading)
         for note in picture.notes:
             self.say(f"note: {plain(job.source)}: {plain(note)}")
-        expect_room(job.target, picture.pixels, options.settings)
+        expect_room(job.target, picture, options.settings)
         output, report = self.restored(
             model, picture.pixels, lambda p: self.bar.tile(p.done, p.total, p.share)
         )
