@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import gendr
 from gendr.files import checkpoint
 from gendr.files.header import Header
 from gendr.model import GenDR
@@ -84,10 +85,10 @@ def plain_checkpoint(tmp_path_factory):
 @pytest.fixture
 def tiny(tiny_checkpoint) -> GenDR:
     """A tiny random model, loaded in float32 on the CPU."""
-    return checkpoint.load(tiny_checkpoint, device="cpu", dtype="fp32")
+    return gendr.load(tiny_checkpoint, device="cpu", dtype="fp32")
 
 
 @pytest.fixture
 def plain(plain_checkpoint) -> GenDR:
     """A tiny random model like GenDR-Tiny, loaded in float32 on the CPU."""
-    return checkpoint.load(plain_checkpoint, device="cpu", dtype="fp32")
+    return gendr.load(plain_checkpoint, device="cpu", dtype="fp32")

@@ -368,7 +368,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others(pairs, tiny_checkpoint,
     def load(*args, **kwargs):
         raise gendr.CheckpointError("damaged")
 
-    monkeypatch.setattr(methods.checkpoint, "load", load)
+    monkeypatch.setattr(methods.gendr, "load", load)
     assert run(pairs, "--model", f"ours={tiny_checkpoint}") == 1
     found = results(pairs)
     assert "ours could not be loaded: damaged" in found["problems"]
