@@ -356,7 +356,8 @@ def read_folder(folder: Path) -> Model:
     embeds = folder / "embeds.safetensors"
     if not embeds.exists():
         raise CheckpointError(
-            f"{folder} has no embeds.safetensors (the fixed prompts): make it with train.embeddings"
+            f"{folder} has no embeds.safetensors (the fixed prompts): make it with train.embeddings, or, "
+            "to run a public restorer on this base, see gendr convert --help"
         )
     tensors |= {f"embeds.{k}": v for k, v in read_file(embeds).tensors.items()}
     ours = folder / "gendr.json"
