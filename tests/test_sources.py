@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import gendr
-from gendr import CheckpointError
-from gendr.files import sources
+from gendr import CheckpointError, cli
+from gendr.files import base, checkpoint, sources
 from gendr.networks.onestep import StepConfig
 
 RANK = 4
@@ -132,8 +132,35 @@ def test_the_hints_of_each(restorer, tile, color_fix, precision):
 def test_one_folder_of_two_says_which_to_give(inner, tmp_path):
     whole = omgsr(tmp_path)
     for path in (whole / inner, whole / inner / "adapter_model.safetensors"):
-        with pytest.raises(CheckpointError, match=r"one part of OMGSR-S: give the folder a, "):
+        with pytest.raises(
+            CheckpointError, match=r"one part of OMGSR-S: give the folder a to gendr"
+        ):
             sources.read(path)
+
+
+def test_a_hypir_file_given_as_a_lora_says_what_to_do(tmp_path):
+    """Its scaling stands nowhere, so it can't be merged into a base as other LoRAs are."""
+    with pytest.raises(CheckpointError, match="this is a HYPIR adapter, not yet a model"):
+        gendr.load(hypir(tmp_path), base=checkpoint.EMBEDDED)
+
+
+def test_a_gendr_file_is_neither_source_nor_base(tmp_path):
+    ours = checkpoint.EMBEDDED
+    with pytest.raises(CheckpointError, match="is a GenDR file already"):
+        sources.read(ours)
+    with pytest.raises(CheckpointError, match="is a GenDR file, not a whole Stable Diffusion"):
+        base.read(ours)
+
+
+@pytest.mark.parametrize("taken", ["source", "base"])
+def test_a_file_is_not_written_over_what_is_read(taken, tmp_path, capsys):
+    names = {"source": "other.safetensors", "base": "other.safetensors"} | {taken: "o.safetensors"}
+    (tmp_path / "o.safetensors").write_text("mine")
+    words = ["convert", names["source"], "--base", names["base"], "-o", "o.safetensors"]
+    with pytest.raises(SystemExit):
+        cli.main([str(tmp_path / w) if "." in w else w for w in words] + ["--overwrite"])
+    assert "is what is read: choose another name" in capsys.readouterr().err
+    assert (tmp_path / "o.safetensors").read_text() == "mine"
 
 
 def test_a_name_with_spaces_can_be_copied_from_the_advice(tmp_path):

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE, VAEConfig
 from . import folders, layouts, sources
-from .reading import SAFETENSORS, read_json, read_pickle
+from .header import METADATA
+from .reading import SAFETENSORS, outline, read_json, read_pickle
 from .shapes import CheckpointError, recognise, unet_config, vae_config
 from .stored import Stored
 
@@ -126,6 +127,8 @@ def _ldm_file(path: Path) -> Base:
     if not unet or not autoencoder:
         restorer = sources.name_of(path)
         what = f"a file of {restorer}" if restorer else recognise(empty)
+        if path.suffix.lower() in SAFETENSORS and METADATA in outline(path)[0]:
+            what = "a GenDR file"
         raise CheckpointError(
             f"{path.name} is {what}, not a whole Stable Diffusion in one file: {folders.GIVE}"
         )

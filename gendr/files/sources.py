@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .. import schedule
 from . import layouts, lora
+from .header import METADATA
 from .lora import Lora
-from .reading import SAFETENSORS, check_numbers, load_pickle, read_safetensors
+from .reading import SAFETENSORS, check_numbers, load_pickle, outline, read_safetensors
 from .shapes import CheckpointError, vae_config
 
 # peft's lora_alpha where a program doesn't set it; the pickles hold the rank alone.
@@ -150,8 +151,11 @@ def name_of(path: Path) -> str | None:
     return found[0].name
 
 
-def advice(path: Path, name: str) -> str:
-    """What to do with such a file."""
+def advice(path: Path) -> str | None:
+    """What such a file is and what to do with it; None for another one. CheckpointError as `name_of`."""
+    name = name_of(path)
+    if name is None:
+        return _part(path)
     article = "an" if name.startswith("O") else "a"
     return (
         f"this is {article} {name} adapter, not yet a model: gendr convert {_typed(path.name)} --base "
@@ -175,20 +179,24 @@ def read(path: Path, *, semantic: bool = True, coeff_t: int | None = None) -> So
         )
     found = _which(contents)
     if found is None:
-        folder = path.resolve() if path.is_dir() else path.resolve().parent
-        if folder.name in OMGSR_FOLDERS:
+        if part := _part(path):
+            raise CheckpointError(part)
+        if path.suffix.lower() in SAFETENSORS and METADATA in outline(path)[0]:
             raise CheckpointError(
-                f"{path.name} is one part of OMGSR-S: give the folder {folder.parent.name}, which holds "
-                f"{' and '.join(OMGSR_FOLDERS)}"
+                f"{path.name} is a GenDR file already: give it to --model, or put it into models/gendr"
             )
         raise CheckpointError(
             f"{path.name} is none of the models that can be converted: {_known()}"
         )
     restorer, reader = found
     if not semantic and restorer is not PISA:
-        raise CheckpointError(f"{restorer.name} has no semantic adapter: leave --semantic out")
+        raise CheckpointError(
+            f"{restorer.name} has no semantic adapter: leave --semantic out for {path.name}"
+        )
     if coeff_t is not None and restorer is not HYPIR:
-        raise CheckpointError(f"{restorer.name} has one noise level: leave --coeff-t out")
+        raise CheckpointError(
+            f"{restorer.name} has one noise level: leave --coeff-t out for {path.name}"
+        )
     try:
         source = reader(contents)
         _counted(source)
@@ -216,6 +224,17 @@ def digest(path: Path) -> str:
             while block := stream.read(1 << 20):
                 sha.update(block)
     return sha.hexdigest()
+
+
+def _part(path: Path) -> str | None:
+    """What to do with one of OMGSR's two folders, or a file in it."""
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    if folder.name not in OMGSR_FOLDERS:
+        return None
+    return (
+        f"{path.name} is one part of OMGSR-S: give the folder {folder.parent.name} to gendr convert, "
+        f"which holds {' and '.join(OMGSR_FOLDERS)}"
+    )
 
 
 def _typed(name: str) -> str:
