@@ -49,6 +49,8 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     if str(name) != "auto":
         try:
             device = torch.device(name)
+            if device.type == "meta":
+                raise RuntimeError("it holds sizes without numbers")
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(

@@ -70,14 +70,19 @@ def back_project(result: Tensor, image: Tensor, share: float) -> Tensor:
     return _project(result.float(), image, reduce(result, image.shape[-2:]), share)
 
 
-def automatic(result: Tensor, image: Tensor, enlarged: Tensor) -> tuple[Tensor, Found]:
+def automatic(
+    result: Tensor, image: Tensor, enlarged: Tensor, measured: tuple[Damage, Tensor] | None = None
+) -> tuple[Tensor, Found]:
     """`back_project` as far as the input can be trusted, everywhere on its own; and what was found.
 
-    result, enlarged: restored, and plainly enlarged, 1 c H W. image: 1 c h w. Where the input has no
-    detail at all, the result is the enlarged input: white stays white.
+    result, enlarged: restored, and plainly enlarged, 1 c H W. image: 1 c h w. measured: its damage and
+    noise where they are known, else `damage.measure` tells them. Where the input has no detail at all,
+    the result is the enlarged input: white stays white.
     """
     image = _no_larger(image, result)
-    damage, noise = measure(image)
+    damage, noise = measure(image) if measured is None else measured
+    if noise.shape[-2:] != image.shape[-2:]:
+        noise = F.interpolate(noise, size=tuple(image.shape[-2:]), mode="area")
     reduced = reduce(result, image.shape[-2:])
     share = trust(image, reduced, damage, noise)
     result = _project(result.float(), image, reduced, share)

@@ -19,6 +19,7 @@ from .report import OnProgress, Report
 from .restoration import Restoration
 from .settings import SPEEDS, Settings, for_model
 from .speed import runners as speeds
+from .steady import Steady
 from .tiles import NO_TILES
 
 
@@ -94,9 +95,10 @@ class GenDR:
         H, W are exactly h * scale and w * scale with halves rounded up, or the target size. Values
         are in [0, 1], never NaN.
         The same input gives the same output on the same machine, with the same versions and number
-        of threads and the same plan, to the last bit; a picture the same result alone as in a batch.
-        Other processors, cards, threads and tiles round differently: about 1e-5 in fp32, up to 1e-2
-        of the full range in single pixels in bf16 and fp16.
+        of threads and the same plan, to the last bit; a picture the same result alone as in a batch,
+        but for frames of a clip with `steady`.
+        Other threads round differently: on one CPU by up to 4e-7 of the range in fp32, 8e-3 in bf16.
+        Other tiles see less or more: by up to 4e-2 in single pixels, 1e-3 on average.
         ValueError for an input that can't be used, `Cancelled` when stopped, `NotFinite` when the
         model fails in every precision.
         """
@@ -109,6 +111,7 @@ class GenDR:
         *,
         mask: Tensor | None = None,
         prompt: Tensor | None = None,
+        clip: Steady | None = None,
         progress: OnProgress | None = None,
         cancelled: Callable[[], bool] | None = None,
         device: torch.device | str | None = None,
@@ -120,6 +123,8 @@ class GenDR:
         """As `restore`, with a `Report` of what was done.
 
         prompt: embedding of a text by SD2's text encoder, 1 n d, instead of the model's fixed prompt.
+        clip: what the frames of a clip say that were restored in calls before, with `steady`; a new
+        `steady.Steady` for the first. None = the pictures of this call are the whole clip.
         progress: called after every pass; what it raises passes through and ends the run.
         cancelled: asked before every pass and every strip.
         device: where to compute, when something else than this object put the weights there.
@@ -161,6 +166,7 @@ class GenDR:
                 cancelled=cancelled,
                 is_oom=is_oom,
                 prompt=words,
+                clip=(clip or Steady()) if chosen.steady else None,
                 licence=self.licence,
                 events=[*events],
             )
@@ -173,6 +179,8 @@ class GenDR:
 
         if mask is None:
             return run(image)
+        facts = {"masked": True, "batch": len(image), "free_bytes": free_bytes, "device": place}
+        self.expect_memory(*image.shape[-2:], chosen, **facts)
         result, box, report = region.restore_within(mask, image, chosen, run)
         if report is None:
             nothing = replace(planned(image, free_bytes), grid=NO_TILES)
@@ -207,15 +215,43 @@ class GenDR:
         free_bytes: int | None = None,
         device: torch.device | str | None = None,
     ) -> Plan:
-        """What `restore` will do with pictures of this size, without running."""
+        """What `restore` will do with pictures of this size, without running. `NotEnoughMemory`."""
         settings = settings or Settings()
+        return self._case(height, width, settings, batch, free_bytes, device).made()
+
+    def expect_memory(
+        self,
+        height: int,
+        width: int,
+        settings: Settings | None = None,
+        *,
+        masked: bool = False,
+        batch: int = 1,
+        free_bytes: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`NotEnoughMemory` where pictures of this size, as a file's header tells it, and their
+        results cannot be held. masked: whether a mask will choose a part of them."""
+        case = self._case(height, width, settings or Settings(), batch, free_bytes, device)
+        replace(case, masked=masked).expect_memory()
+
+    def _case(
+        self,
+        height: int,
+        width: int,
+        settings: Settings,
+        batch: int,
+        free_bytes: int | None,
+        device: torch.device | str | None,
+    ) -> plan.Case:
+        """What a plan goes by."""
         place = self.device if device is None else torch.device(device)
         guidance = self.guidance(settings)
-        return plan.make(
-            self.network.config,
-            settings,
-            height,
-            width,
+        return plan.Case(
+            config=self.network.config,
+            settings=settings,
+            height=height,
+            width=width,
             images=batch,
             train_tile=self.header.tile,
             free=devices.free_bytes(place) if free_bytes is None else free_bytes,

@@ -37,6 +37,9 @@ PHASE_BYTES = 200
 # float32 pictures of the result's size that lie around the tiles: enlarged, result, blend, colour
 # fix; more with back-projection. And of the input's size, where both are compared.
 PLANES, FIDELITY_PLANES, INPUT_PLANES = 5.5, 6.2, 4
+# Of the result's size where a mask chooses a part: enlarged, result and the mask's weight. The part
+# has a plan of its own.
+MASK_PLANES = 2.4
 # Tiles in one pass, where memory allows and the device gains from it; more of them where the number
 # of launches doesn't count any more.
 BATCH, FEW_LAUNCHES_BATCH = 4, 8
@@ -175,6 +178,7 @@ class Case:
     on_device: whether the picture should lie on the device; it goes back to the host where that
     leaves too little for the tiles. min_side: the shorter side that the model wants at least.
     main_memory: bytes free there, where the device has memory of its own; None = unknown.
+    masked: whether a mask chooses a part; then this is about what lies around that part.
     """
 
     config: StepConfig
@@ -193,6 +197,7 @@ class Case:
     speed: str = "eager"
     on_device: bool = False
     main_memory: int | None = None
+    masked: bool = False
 
     @property
     def multiple(self) -> int:
@@ -248,8 +253,10 @@ class Case:
     @cached_property
     def picture_bytes(self) -> int:
         """Of whole pictures while one is restored: what no tile makes smaller."""
-        planes = FIDELITY_PLANES if self.settings.fidelity else PLANES
         inputs = INPUT_PLANES * self.height * self.width
+        if self.masked:
+            return int(3 * 4 * (MASK_PLANES * self.output[0] * self.output[1] + inputs))
+        planes = FIDELITY_PLANES if self.settings.fidelity else PLANES
         return int(3 * 4 * (planes * self.padded[0] * self.padded[1] + inputs))
 
     @cached_property
@@ -345,10 +352,14 @@ class Case:
         staged = (STAGED if self.fast else 0) + (0 if self.shared else 1)
         return max(autoencoder, unet) + staged * 3 * 4 * seen[0] * seen[1] * pictures
 
-    def made(self) -> Plan:
-        """The plan. Raises `NotEnoughMemory` where not even the smallest tiles fit."""
+    def expect_memory(self) -> None:
+        """Raises `NotEnoughMemory` where not even the smallest tiles fit."""
         if not self.fits:
             raise NotEnoughMemory(self.shortage())
+
+    def made(self) -> Plan:
+        """The plan. Raises `NotEnoughMemory`."""
+        self.expect_memory()
         return self.whole() or self.latent_tiles() or self.in_tiles()
 
     def plan(self, mode: str, grid: Grid, *, batch: int, strips: bool, cost: int) -> Plan:

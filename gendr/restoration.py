@@ -25,6 +25,7 @@ from .resizing import pad, resize, roll_up, unroll
 from .settings import AUTO, Settings
 from .speed.runners import Eager
 from .speed.transfer import Transfer
+from .steady import Steady
 from .tiles import Box, Fn, finished, recovering, seam_score, tiled
 
 # Of what follows the network, per pixel of the result, in multiply-adds that take as long: the
@@ -43,6 +44,7 @@ class Restoration:
     network, runner: what computes, and the way it is run. casts: as of `GenDR`.
     name, licence: the model's.
     guidance: the one in force. prompt: instead of the network's own, in the form that it takes.
+    clip: what the frames before say of the next one, where the pictures are frames.
     events: what the report is to say besides what happens here.
     """
 
@@ -60,6 +62,7 @@ class Restoration:
     cancelled: Callable[[], bool] | None
     is_oom: Callable[[BaseException], bool]
     prompt: Prompt | None = None
+    clip: Steady | None = None
     events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -139,6 +142,7 @@ class Restoration:
     def restore_rgb(self, image: Tensor) -> Tensor:
         """The whole method on three channels: 1 3 h w -> 1 3 H W."""
         plan, settings = self.plan, self.settings
+        image, measured = (image, None) if self.clip is None else self.clip(image)
         enlarged = resize(image, plan.work_size, wrap=settings.seamless)
         x = enlarged
         if settings.seamless:
@@ -157,7 +161,7 @@ class Restoration:
             y = reduce(y, plan.output_size)
             enlarged = resize(image, plan.output_size, wrap=settings.seamless)
         if settings.fidelity == AUTO:
-            y, found = automatic(y, image, enlarged)
+            y, found = automatic(y, image, enlarged, measured)
             self.found.append(found)
         else:
             y = back_project(y, image, settings.fidelity)

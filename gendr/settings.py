@@ -70,6 +70,8 @@ class Settings:
     guidance: strength of classifier-free guidance, None = the checkpoint's; above 1 runs two passes.
     seamless: treat the picture as a torus, for textures that repeat.
     preset: one of `PRESETS`, for what is left at its default.
+    steady: the pictures are frames of one clip, in order: what does not move is kept from flickering,
+    so that a frame's result depends on the frames before it.
     """
 
     scale: float = 4.0
@@ -85,6 +87,7 @@ class Settings:
     guidance: float | None = None
     seamless: bool = False
     preset: str = next(iter(PRESETS))
+    steady: bool = False
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

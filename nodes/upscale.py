@@ -59,6 +59,8 @@ TOOLTIPS = {
     "nothing.",
     "positive": "A prompt, for models that read one: connect CLIP Text Encode with SD2.1's text "
     "encoder. With nothing connected the model's own prompt is used. GenDR-Tiny reads none.",
+    "steady": "For frames of one clip, in order: what does not move is kept from flickering, and noise "
+    "in it fades. Leave it off for a batch of unrelated pictures.",
     "tile_size": "Side of a tile in pixels of the result. 0 plans it from free memory. Choose "
     "512 or 1024 if other nodes need the memory, or to compare machines.",
     "overlap": "How far tiles reach into each other, in pixels of the result. 0 plans it. Raise "
@@ -117,6 +119,7 @@ def _optional() -> dict[str, Any]:
         "height": _number("height", "long_side", FRAME[1]),
         "preset": (list(PRESETS), {"default": DEFAULT.preset, "tooltip": TOOLTIPS["preset"]}),
         "positive": ("CONDITIONING", {"tooltip": TOOLTIPS["positive"]}),
+        "steady": ("BOOLEAN", {"default": DEFAULT.steady, "tooltip": TOOLTIPS["steady"]}),
     }
 
 
@@ -155,6 +158,7 @@ class GenDRUpscale:
         mask: Tensor | None = None,
         preset: str = DEFAULT.preset,
         positive: Any = None,
+        steady: bool = DEFAULT.steady,
         **size: Any,
     ) -> tuple[Tensor, str]:
         """Picture b h w c, widgets -> restored picture and report."""
@@ -163,6 +167,7 @@ class GenDRUpscale:
             "detail": detail,
             "fidelity": fidelity,
             "preset": preset,
+            "steady": steady,
         }
         pixels, settings = _read(image, options, scale=scale, **size)
         result, report = restore(model, pixels, mask, settings, positive)
@@ -229,6 +234,7 @@ class TiledGenDR:
         positive: Any = None,
         unique_id: str | None = None,
         preset: str = DEFAULT.preset,
+        steady: bool = DEFAULT.steady,
         **size: Any,
     ) -> tuple[Tensor, str, Tensor | None]:
         """Picture b h w c, widgets -> restored picture, report, difference map b h w 3.
@@ -240,6 +246,7 @@ class TiledGenDR:
             "detail": detail,
             "fidelity": fidelity,
             "preset": preset,
+            "steady": steady,
             "tile": tile_size,
             "overlap": overlap,
             "tile_batch": tile_batch,

@@ -85,8 +85,11 @@ def restore(image: Image.Image, path: str, **options) -> Image.Image:
     """The picture restored and enlarged; as it came where the person interrupted."""
     facts = os.stat(path)
     model = loaded(path, (facts.st_mtime_ns, facts.st_size))
-    prepare_free_memory()
     device = torch.device(devices.device)
+    # Before anything of the picture's size is made or the model moves.
+    asked = settings.Settings(**options)
+    model.expect_memory(image.height, image.width, asked, device=device)
+    prepare_free_memory()
     model.network.to(device)
     try:
         with devices.without_autocast(), contextlib.suppress(gendr.Cancelled):

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import conftest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from gendr.networks.unet import UNet, UNetConfig
-from gendr.networks.vae import VAE, VAEConfig
+from gendr.networks.unet import UNet
+from gendr.networks.vae import VAE
 from train.data.stream import Batch
 from train.features import DinoV2, Projector
 from train.stage1.prompts import Prompts, random_prompts
 from train.stage1.settings import Rules, Settings
 from train.stage1.step import Denoiser, Objective
 
-UNET = UNetConfig(
-    latent_channels=16,
+UNET = replace(
+    conftest.UNET,
     block_out_channels=(8, 16),
-    attention=(False, True),
-    layers_per_block=1,
     head_dim=8,
     cross_attention_dim=6,
     norm_num_groups=4,
     tokens=3,
 )
 # Scaling and shift away from one and zero, so that forgetting them shows.
-VAE_ = VAEConfig(
-    block_out_channels=(8, 8),
-    layers_per_block=1,
-    norm_num_groups=4,
-    patch_size=4,
-    scaling_factor=0.5,
-    shift_factor=0.2,
-)
+VAE_ = replace(conftest.VAE_, block_out_channels=(8, 8), norm_num_groups=4, shift_factor=0.2)
 DINO = Dinov2Config(
     hidden_size=16,
     num_hidden_layers=1,

@@ -59,6 +59,15 @@ def cut(size: Callable[[int], int]) -> Make:
     return make
 
 
+def starting(start: bytes, name: str) -> Make:
+    def make(folder: Path, good: Path) -> Path:
+        path = folder / name
+        path.write_bytes(start.ljust(4096, b" "))
+        return path
+
+    return make
+
+
 def flipped(folder: Path, good: Path) -> Path:
     """The lowest bit of one weight, which no other check can see."""
     data = bytearray(good.read_bytes())
@@ -237,7 +246,7 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "empty": (cut(lambda n: 0), "empty"),
     "cut in the header": (cut(lambda n: 100), "not a whole"),
     "cut in the weights": (cut(lambda n: n - 1000), "not a whole"),
-    "a web page": (written("page.safetensors", b"<html>not found</html>" * 9), "not a whole"),
+    "a web page": (written("page.safetensors", b"<html>not found</html>" * 9), "web page"),
     "a flipped bit": (flipped, "SHA-256"),
     "too many tensors": (too_many, "tensors"),
     # The header
@@ -308,6 +317,18 @@ BROKEN: dict[str, tuple[Make, str]] = {
     ),
     "a zip bomb of a pickle": (bomb("archive/data.pkl"), "unpack"),
     "a zip bomb of weights": (bomb("archive/data/0"), "unpack"),
+    # Other kinds of files under a model's name
+    **{
+        f"{kind} as {name}": (starting(start, name), words)
+        for start, name, words, kind in (
+            (b"GGUF\3\0\0\0", "model.gguf", "quantised", "GGUF"),
+            (b"GGUF\3\0\0\0", "model.safetensors", "quantised", "GGUF"),
+            (b'{"weight_map": {}}', "model.safetensors.index.json", "the folder", "an index"),
+            (b"<!DOCTYPE html>", "model.safetensors", "web page", "a page"),
+            (b"version https://git-lfs.github.com/spec/v1", "model.pth", "git lfs pull", "a pointer"),
+            (b"\x89PNG\r\n", "model.ckpt", "picture", "a picture"),
+        )
+    },
     # Folders
     "an empty folder": (lambda f, g: f, "not a diffusers folder"),
     "a folder with half a gendr.json": (
@@ -423,6 +444,22 @@ def test_the_old_format_of_pickles_is_read(tmp_path):
     for path in paths:
         found = load(path, base=base).network.state_dict()
         assert all(torch.equal(v, found[k]) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model"])
+def test_a_safetensors_file_of_any_name_is_one(tmp_path, tiny_checkpoint, name):
+    path = tmp_path / name
+    path.write_bytes(tiny_checkpoint.read_bytes())
+    found, expected = (checkpoint.describe(p) for p in (path, tiny_checkpoint))
+    assert {**found, "path": None} == {**expected, "path": None}
+    assert checkpoint.read(path)[0] == checkpoint.read(tiny_checkpoint)[0]
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_pickle_named_as_a_safetensors_file_is_read_as_a_pickle(tmp_path, new):
+    path = tmp_path / "model.safetensors"
+    torch.save({"x": torch.arange(9.0)}, path, _use_new_zipfile_serialization=new)
+    assert torch.equal(reading.read_file(path).tensors["x"], torch.arange(9.0))
 
 
 def test_a_packed_pickle_is_read(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import stage1
 import torch
 from conftest import UNET, VAE_, header, random_network
 from PIL import Image
@@ -22,7 +23,7 @@ import gendr
 from gendr import schedule
 from gendr.files import checkpoint
 from gendr.networks.onestep import StepConfig
-from gendr.networks.unet import UNet, UNetConfig
+from gendr.networks.unet import UNet
 from gendr.networks.vae import VAEConfig
 from train import ablation, cida, losses, recipe
 from train.data import codecs, degradations
@@ -35,15 +36,7 @@ from train.stage2.discriminator import Discriminator
 from train.stage2.scores import Scores
 from train.stage2.step import Generator, Iteration, Sample
 
-SMALL = UNetConfig(
-    latent_channels=4,
-    block_out_channels=(8, 16),
-    attention=(False, True),
-    layers_per_block=1,
-    head_dim=8,
-    cross_attention_dim=6,
-    norm_num_groups=4,
-)
+SMALL = replace(stage1.UNET, latent_channels=4)
 STEP = StepConfig(unet=SMALL, vae=VAEConfig(latent_channels=4))
 
 

@@ -476,6 +476,40 @@ def test_advice_is_in_the_command_lines_words(gendr, tmp_path):
     assert code == 2
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_memory_cannot_hold_is_refused_before_it_is_decoded(
+    gendr, tmp_path, monkeypatch, masked
+):
+    small = picture(tmp_path / "in" / "small.png", size=(40, 30))
+    large = tmp_path / "in" / "large.png"
+    Image.new("1", (4000, 3000)).save(large)
+    mask = tmp_path / "mask.png"
+    Image.new("1", (40, 30), 1).save(mask)
+    decoded = []
+    read = upscale.pictures.read
+
+    def noted(path, **reading):
+        decoded.append(path)
+        return read(path, **reading)
+
+    monkeypatch.setattr(upscale.pictures, "read", noted)
+    monkeypatch.setattr(devices, "_free_host_bytes", lambda: 2**28)
+    more = ["--mask", mask] if masked else []
+    code, _, err = gendr("upscale", tmp_path / "in", "-o", tmp_path / "out", *more)
+    assert (code, decoded[masked:]) == (1, [small])
+    assert visible(tmp_path / "out") == {"small_x1.png"}
+    assert f"failed: {large}: 4000x3000 enlarged to 4000x3000 (12.0 MP) take about" in err
+    assert "GiB are free: even scale 1 does not fit; use a smaller picture" in err
+
+
+def test_a_comparison_that_memory_cannot_hold_is_refused(capsys, tmp_path, monkeypatch):
+    Image.new("1", (4000, 3000)).save(tmp_path / "a.png")
+    monkeypatch.setattr(devices, "_free_host_bytes", lambda: 2**28)
+    assert cli.main(["compare", str(tmp_path / "a.png"), str(tmp_path / "a.png")]) == 1
+    told = capsys.readouterr().err
+    assert "a.png and a.png take about 1.1 GiB of main memory, and 0.2 GiB are free" in told
+
+
 def test_a_large_picture_is_measured_without_being_decoded(gendr, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # what Pillow refuses to open
@@ -642,3 +676,62 @@ def test_without_groups_there_is_no_limit():
     assert devices.free_in_groups("", "") == sys.maxsize
     mounts = "22 1 8:1 / / rw - ext4 /dev/sda rw\n"
     assert devices.free_in_groups("12:cpuset:/\n0::/\n", mounts) == sys.maxsize
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["a.png", "--suffix", "../x"],
+            "--suffix: '../x' is to be part of a name, which '/' is not",
+        ),
+        (["a.png", "-o", ""], "--output/-o: the name is empty: give a folder or a file"),
+        (["a.png", "-o", "-"], "results go to files, not to standard output: give a folder"),
+        (["a.png", "-o", "out.heic"], "results can be written as .png, .jpg"),
+        (["-x.png"], "names that begin with -, as -x.png does, come last, after --"),
+    ],
+)
+def test_wrong_use_says_what_to_do(gendr, tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "-x.png")
+    code, out, err = gendr("upscale", *words)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert visible(tmp_path) == {"a.png", "-x.png"}
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("", "a name is empty, perhaps a variable that is not set"),
+        ("-", "pictures are read from files, not from standard input"),
+        ("https://example.org/a.png", "is an address; download the picture first"),
+        ("file:///a.png", "give the file's name without file://"),
+        ("loop.png", "is a link that leads nowhere"),
+    ],
+)
+def test_a_word_that_is_no_file_says_what_to_do(tmp_path, monkeypatch, word, told):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "a.png")
+    os.symlink("loop.png", "loop.png")
+    (job,) = jobs.collect([word]).jobs
+    assert told in job.problem
+
+
+def test_a_name_that_gets_too_long_says_what_to_do(gendr, tmp_path):
+    source = picture(tmp_path / "a.png")
+    code, _, err = gendr("upscale", source, "--suffix", "_" * 260)
+    assert code == 1
+    assert "the result's name is too long; choose a shorter --suffix or name" in err
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, tiny_checkpoint, capsys):
+    place = picture(tmp_path / "a.png")
+    assert cli.main(["fold", str(tiny_checkpoint), "-o", str(place / "x" / "f.safetensors")]) == 1
+    assert f"a file is where a folder is needed: {place}" in capsys.readouterr().err
+
+
+def test_a_device_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="device 'meta' can't be used here: choose auto or cpu"):
+        devices.choose_device("meta")

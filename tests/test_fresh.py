@@ -15,6 +15,8 @@ from gendr.resizing import resize
 from train import pairs, peers, restorer
 from train.run import Run
 from train.tiny.fresh import Fresh, Scales, taught
+from train.tiny.networks import initial, tiny_config
+from train.tiny.perceptual import Perceptual
 
 ALL = Scales.parse("4=.5,2=.2,1-4=.3")
 
@@ -143,11 +145,17 @@ def test_white_paper_stays_white_whatever_the_damage(pictures):
 def words(pictures, out, *, steps: int = 2, **more) -> list[str]:
     options = {"pictures": pictures, "out": out, "steps": steps, "batch": 1, "crop": 64}
     options |= {"warmup": 1, "save-every": 2, "device": "cpu", "teacher-share": 0, **more}
-    return [str(w) for k, v in options.items() for w in (f"--{k}", v)] + ["--fp32"]
+    options = {"precision": "fp32", **options}
+    return [str(w) for k, v in options.items() for w in (f"--{k}", v)]
 
 
 def test_a_run_goes_on_from_the_embedded_model_and_resumes(pictures, tmp_path, monkeypatch):
-    options = {"init": checkpoint.EMBEDDED, "lr": 1e-5, "lr-vae": 1e-5}
+    """With an adversary on a perceptual network's maps, which must go on as well."""
+    monkeypatch.setattr(restorer, "LOOKED_AT", 2)
+    stage = torch.nn.Conv2d(3, 6, 3, 2, 1)
+    monkeypatch.setattr(restorer, "efficientnet_lite0", lambda: Perceptual([stage]))
+    options = {"init": checkpoint.EMBEDDED, "lr": 1e-5, "lr-vae": 1e-5, "perceptual": 0.1}
+    options |= {"adversarial": 0.5, "judge": "features", "judge-width": 4, "alone": 1}
     restorer.main(words(pictures, tmp_path / "whole", **options))
     real = Run.steps
     with monkeypatch.context() as patch:
@@ -157,10 +165,10 @@ def test_a_run_goes_on_from_the_embedded_model_and_resumes(pictures, tmp_path, m
         restorer.main(words(pictures, tmp_path / "parts", **options))
     restorer.main(words(pictures, tmp_path / "parts", **options))
     whole, parts = (
-        torch.load(tmp_path / name / "state.pt", weights_only=True)["network"]
-        for name in ("whole", "parts")
+        torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")
     )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for part in ("network", "discriminator"):
+        assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
 
     x = torch.rand(1, 3, 16, 16)
     before, after = (
@@ -175,7 +183,7 @@ def test_a_run_goes_on_from_the_embedded_model_and_resumes(pictures, tmp_path, m
 
 def test_another_structure_is_no_beginning(tmp_path, tiny_checkpoint):
     with pytest.raises(ValueError, match="GenDR-Tiny's structure"):
-        restorer.initial(tiny_checkpoint, restorer.tiny_config(), 0)
+        initial(tiny_checkpoint, tiny_config(), 0)
 
 
 def test_pictures_or_shards_not_both(pictures, tmp_path, capsys):

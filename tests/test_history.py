@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from two import run_two
 
-from train.atomic import replacing
+from train.atomic import NotWritten, program, replacing, writing
 from train.run import Average, Run, TrainingError, rate
 
 
@@ -171,3 +175,54 @@ assert p.any(p.first) and not p.any(False)
 
 def test_what_stops_the_first_process_stops_all():
     run_two(ALONE, [])
+
+
+@pytest.fixture
+def small_disk():
+    """No file grows beyond 20 kB, as on a disk that is full then."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITERS = {
+    "text": lambda part: part.write_text("x" * 50_000),
+    "torch": lambda part: torch.save({"x": torch.zeros(50_000)}, part),
+    "safetensors": lambda part: save_file({"x": torch.zeros(50_000)}, part),
+    "numpy": lambda part: np.save(part.open("wb"), np.zeros(50_000)),
+    "picture": lambda part: Image.effect_noise((300, 300), 99).save(part, "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(tmp_path, small_disk, kind):
+    path = tmp_path / "state"
+    path.write_bytes(b"before")
+    told = r"state can't be written \(.+\): make room or choose another folder; what was saved"
+    with pytest.raises(NotWritten, match=told), replacing(path) as part:
+        WRITERS[kind](part)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"state": b"before"}
+
+
+def test_a_program_ends_with_that_sentence(tmp_path, capsys):
+    def main():
+        with writing(tmp_path / "log"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert program("train.x", main) == 1
+    assert capsys.readouterr().err.startswith(f"train.x: {tmp_path / 'log'} can't be written (No")
+
+
+def test_a_bug_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), replacing(tmp_path / "x"):
+        raise RuntimeError("shapes differ")
+
+
+def test_half_a_state_is_named(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.save({"step": 1, "x": torch.zeros(1000)})
+    run.state_path.write_bytes(run.state_path.read_bytes()[:2000])
+    with pytest.raises(TrainingError, match=r"state\.pt is no whole state of a run"):
+        run.load()

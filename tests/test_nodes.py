@@ -312,6 +312,17 @@ def test_defaults_are_the_project_s(name):
             ), key
 
 
+@pytest.mark.parametrize("call", [upscale, upscale_tiled])
+def test_frames_of_a_clip_are_the_library_s(model, call):
+    frames = torch.cat([picture()] * 2) + torch.tensor([0.0, 0.01])[:, None, None, None]
+    frames = frames.clamp(0, 1)
+    result, report, *_ = call(model, frames, steady=True)
+    expected = model.gendr.restore(frames.movedim(-1, 1), 2.0, color_fix="wavelet", steady=True)
+    assert torch.equal(result, expected.movedim(1, -1))
+    assert "steady on" in report
+    assert not torch.equal(result, call(model, frames)[0])
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_text_is_translated(language):
     texts = json.loads((pack.ROOT / f"locales/{language}/nodeDefs.json").read_text("utf-8"))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import random_network
 from torch import nn
 
-from train import restorer
-from train.tiny.perceptual import Perceptual, efficientnet_lite0
+from train.tiny.adversary import Adversary, FeatureDiscriminator
+from train.tiny.perceptual import SHIFTS, Perceptual, efficientnet_lite0, shifted
+from train.tiny.settings import Settings
+from train.tiny.step import Objective
 
 
 @pytest.fixture
@@ -60,12 +64,12 @@ def test_a_step_lowers_it(distance, picture):
     result = nn.Parameter(picture.clone())
     target = picture.flip(-1)
     optimizer = torch.optim.Adam([result], lr=0.02)
-    start = float(distance(result, target))
+    start = float(distance(result.detach(), target))
     for _ in range(20):
         optimizer.zero_grad()
         distance(result, target).backward()
         optimizer.step()
-    assert float(distance(result, target)) < 0.7 * start
+    assert float(distance(result.detach(), target)) < 0.7 * start
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -85,58 +89,53 @@ def test_the_published_network_tells_blur_from_itself(picture):
     assert 0 < float(distance(soft, picture)) < float(distance(softer, picture))
 
 
-def test_the_term_enters_the_loss(distance, tmp_path, monkeypatch):
-    """With the term a run takes another step than without, and logs its value."""
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
-    (tmp_path / "pictures").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "pictures" / "a.png")
-    monkeypatch.setattr(restorer, "efficientnet_lite0", lambda: distance)
-    found = {}
-    for weight in (0, 1):
-        out = tmp_path / str(weight)
-        options = {"pictures": tmp_path / "pictures", "out": out, "steps": 25, "batch": 1}
-        options |= {"crop": 64, "teacher-share": 0, "perceptual": weight, "save-every": 25}
-        options |= {"init": restorer.checkpoint.EMBEDDED, "device": "cpu", "autoencode": 0}
-        restorer.main([str(w) for k, v in options.items() for w in (f"--{k}", v)] + ["--fp32"])
-        found[weight] = torch.load(out / "state.pt", weights_only=True)["network"]
-        logged = "perceptual" in (out / "log.jsonl").read_text()
-        assert logged == bool(weight)
-    name = "vae.decoder.conv_out.weight"
-    assert not torch.equal(found[0][name], found[1][name])
+def batch(side: int = 48) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return {name: torch.rand(2, 3, side, side, generator=g) * 2 - 1 for name in ("input", "hr")}
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_the_adversary_looks_at_the_same_maps(distance, tmp_path, monkeypatch, share):
-    """A run with a discriminator on the distance's maps trains both, and goes on after a stop."""
-    import numpy as np
-    from PIL import Image
+def taken(features, adversary=None, *, step: int = 2, **options):
+    """Gradient of the decoder's last layer after one step, and what was measured."""
+    settings = Settings(
+        **{"pictures": "x", "init": "x", "teacher_share": 0.0, "batch": 2, "alone": 1, **options}
+    )
+    network = random_network().requires_grad_(True)
+    objective = Objective(settings, network, features, adversary)
+    found = objective.take(batch(), step, nullcontext())
+    return network.vae.decoder.conv_out.weight.grad.clone(), found
 
-    pixels = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
-    (tmp_path / "pictures").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "pictures" / "a.png")
-    monkeypatch.setattr(restorer, "efficientnet_lite0", lambda: distance)
-    out = tmp_path / "run"
-    options = {"pictures": tmp_path / "pictures", "out": out, "batch": 2, "crop": 64}
-    options |= {"teacher-share": 0, "perceptual": 1, "adversarial": 0.5, "judge": "features"}
-    options |= {"judge-width": 4, "alone": 1, "save-every": 2, "device": "cpu", "steps": 4}
-    options |= {"init": restorer.checkpoint.EMBEDDED, "autoencode": share}
-    words = [str(w) for k, v in options.items() for w in (f"--{k}", v)] + ["--fp32"]
-    real = restorer.Run.steps
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            restorer.Run,
-            "steps",
-            lambda run, first, last, images: real(run, first, 2, images=images),
-        )
-        restorer.main(words)
-    half = torch.load(out / "state.pt", weights_only=True)
-    restorer.main(words)
-    whole = torch.load(out / "state.pt", weights_only=True)
-    assert (half["step"], whole["step"]) == (2, 4)
-    for part, name in (("network", "vae.decoder.conv_out.weight"), ("discriminator", None)):
-        name = name or next(k for k in half[part] if k.endswith("4.weight"))
-        assert not torch.equal(half[part][name], whole[part][name])
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_term_enters_the_loss(distance, share):
+    without, plain = taken(None, autoencode=share)
+    pulled, found = taken(distance, autoencode=share, perceptual=1.0)
+    assert "perceptual" not in plain.terms
+    assert float(found.loss) == pytest.approx(float(plain.loss) + found.terms["perceptual"])
+    assert not torch.equal(without, pulled)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_adversary_learns_first_and_then_pulls(distance, share):
+    """It looks at the maps that the perceptual term has made."""
+    options = {"autoencode": share, "perceptual": 1.0}
+    more = {**options, "adversarial": 0.5, "judge": "features"}
+    judge = FeatureDiscriminator([6, 8], width=4)
+    before = judge.heads[0][0].bias.clone()
+    alone, plain = taken(distance, Adversary(judge), step=1, **more), taken(distance, **options)
+    assert not torch.equal(before, judge.heads[0][0].bias)
+    # Step 1 is drawn at another place than step 2.
+    assert torch.equal(alone[0], taken(distance, step=1, **options)[0])
+    pulled = taken(distance, Adversary(judge), step=2, **more)
+    assert "discriminator" in pulled[1].terms
+    assert not torch.equal(plain[0], pulled[0])
+
+
+def test_windows_lie_at_the_same_place_of_every_picture_and_at_all_places():
+    rows = torch.arange(40.0).reshape(1, 1, 40, 1).expand(1, 1, 40, 40)
+    places = set()
+    for seed in range(200):
+        a, b = shifted(rows, rows + 1, generator=torch.Generator().manual_seed(seed))
+        assert a.shape == (1, 1, 40 - SHIFTS + 1, 40 - SHIFTS + 1)
+        assert torch.equal(a + 1, b)
+        places.add(int(a[0, 0, 0, 0]))
+    assert places == set(range(SHIFTS))

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -609,12 +610,43 @@ def test_a_jpeg_that_ends_early_is_cut_short_even_with_an_end_marker(tmp_path, o
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_no_end_of_a_jpeg_is_lost_without_a_word(tmp_path, options):
+    data = jpeg_of(**options)
+    expected = read(stored(tmp_path, data, "whole.jpg"))
+    assert expected.notes == ()
+    for lost in (1, 2, 3, 5, 8, 12, 20, 40):
+        path = stored(tmp_path, data[: -2 - lost] + data[-2:], "a.jpg")
+        try:
+            picture = read(path)
+        except CutShortError:
+            continue
+        early = "its data ends early: the last pixels, at the lower right, may be made up"
+        assert picture.pixels.equal(expected.pixels) or picture.notes == (early,)
+
+
+def test_scans_that_are_missing_are_told(tmp_path):
+    data = jpeg_of(progressive=True)
+    tables = data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda"))
+    picture = read(stored(tmp_path, data[:tables] + b"\xff\xd9", "ended.jpg"))
+    assert picture.notes == (
+        "the finer of its progressive scans are missing; it may have been saved so",
+    )
+    with pytest.raises(CutShortError, match="the finer of its progressive scans are missing"):
+        read(stored(tmp_path, data[:tables], "cut.jpg"))
+    colour = next(m.start() for m in re.finditer(b"\xff\xda\x00\x08", data))
+    with pytest.raises(CutShortError):
+        read(stored(tmp_path, data[:colour], "grey.jpg"))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_a_flat_corner_is_no_damage(tmp_path, mode, options):
     image = Image.new("RGB", (64, 48), (128, 128, 128))
     image.paste(Image.fromarray(scene(32, 24)), (0, 0))
     path = stored(tmp_path, encoded(image.convert(mode), "JPEG", **options), "a.jpg")
-    assert read(path).pixels.shape[-2:] == (48, 64)
+    picture = read(path)
+    assert picture.pixels.shape[-2:] == (48, 64)
+    assert not any("missing" in note or "early" in note for note in picture.notes)
 
 
 def test_a_bomb_of_a_jpeg_takes_no_memory(tmp_path):

@@ -152,6 +152,12 @@ def test_a_gendr_file_is_neither_source_nor_base(tmp_path):
         base.read(ours)
 
 
+def test_a_folder_that_is_no_restorer_is_said(tmp_path):
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(CheckpointError, match=r"is none of the models .* get one of them"):
+        sources.read(tmp_path)
+
+
 @pytest.mark.parametrize("taken", ["source", "base"])
 def test_a_file_is_not_written_over_what_is_read(taken, tmp_path, capsys):
     names = {"source": "other.safetensors", "base": "other.safetensors"} | {taken: "o.safetensors"}

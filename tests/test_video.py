@@ -1,5 +1,6 @@
 """`gendr upscale clip.mp4`: every frame restored, times and sound as they were, pieces kept."""
 
+import json
 import struct
 import sys
 from fractions import Fraction
@@ -12,6 +13,7 @@ from PIL import Image
 from gendr import cli
 from gendr.commands import jobs, video
 from gendr.pictures import PictureError
+from gendr.steady import Steady
 
 try:
     import av
@@ -119,6 +121,59 @@ def test_what_was_stopped_goes_on(tmp_path, stop):
         assert np.array_equal(a, b)
     # Under another key nothing of it would have counted.
     assert video.Clip(source, target, "x" * 64).pieces() == []
+
+
+@needs_av
+@pytest.mark.parametrize("stop", [4, 7])
+def test_frames_after_a_stop_know_those_before(tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(video, "PIECE", 3)
+    source = clip(tmp_path / "a.mp4", frames=8, sound=False)
+
+    def steadied(steady):
+        return lambda pixels: doubled(steady(pixels)[0])
+
+    def stopped(number):
+        if number == stop:
+            raise KeyboardInterrupt
+
+    steady, again = Steady(), Steady()
+    whole, target = tmp_path / "whole.mkv", tmp_path / "b.mkv"
+    video.Clip(source, whole, "w" * 64).restore(steadied(steady), nothing, steady=steady)
+    half = video.Clip(source, target, "k" * 64)
+    with pytest.raises(KeyboardInterrupt):
+        half.restore(steadied(again), stopped, steady=again)
+    kept = [path.name for path in half.folder.glob("*.safetensors")]
+    assert f"{stop // video.PIECE - 1:06}.safetensors" in kept
+    again = Steady()
+    half.restore(steadied(again), nothing, steady=again)
+    for (_, a), (_, b) in zip(decoded(whole), decoded(target), strict=True):
+        assert np.array_equal(a, b)
+    assert {p.name for p in tmp_path.iterdir()} == {source.name, whole.name, target.name}
+
+
+@needs_av
+def test_the_command_line_keeps_a_clip_steady_unless_told(tmp_path, tiny_checkpoint, capsys):
+    source = clip(tmp_path / "a.mkv", 3, sound=False)
+    options = [
+        "--model",
+        str(tiny_checkpoint),
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--scale",
+        "1",
+    ]
+    seen = {}
+    for words in ([], ["--no-steady"]):
+        target = tmp_path / f"b{len(words)}.mkv"
+        assert (
+            cli.main(["upscale", str(source), "-o", str(target), "--json", *options, *words]) == 0
+        )
+        told = json.loads(capsys.readouterr().out.splitlines()[0])
+        assert told["settings"]["steady"] == (not words)
+        seen[len(words)] = [values for _, values in decoded(target)]
+    assert np.array_equal(seen[0][0], seen[1][0])
 
 
 @needs_av

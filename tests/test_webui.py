@@ -275,6 +275,13 @@ def test_memory_is_asked_for_and_given_back(webui):
     assert sys.modules["modules_forge"].freed == [1]
 
 
+def test_what_memory_cannot_hold_is_refused_before_it_is_a_tensor(webui, monkeypatch):
+    monkeypatch.setattr(gendr.devices, "_free_host_bytes", lambda: 2**28)
+    monkeypatch.setattr(webui.script, "to_tensor", None)
+    with pytest.raises(gendr.NotEnoughMemory, match="GiB are free: even scale 1 does not fit"):
+        webui.script.restore(Image.new("1", (4000, 3000)), str(gendr.EMBEDDED), scale=1.0)
+
+
 def test_a_replaced_file_is_loaded_again(webui, plain_checkpoint):
     path = data_of(webui, "GenDR mine").data_path
     before = webui.script.restore(picture(), path, scale=2.0)

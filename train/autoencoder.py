@@ -9,26 +9,30 @@ variance, and can't collapse.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.optimization import get_scheduler
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gendr.devices import choose_device
 from gendr.networks.vae import TINY_VAE, VAE
-from train import layers
-from train.atomic import replacing
+from train import layers, memory, recipe
+from train.atomic import program
 from train.data.shards import Pairs
-from train.memory import plan
 from train.pixels import pixel_loss, psnr
-from train.run import Average, Run, step_generator
+from train.run import Average, Run, TrainingError, rate, step_generator
+from train.tiny.networks import autocast, save_weights
+from train.tiny.settings import FREE, AutoencoderSettings
 
+# Weights of edges and of the latent's size; crops that the linear path starts from, and that the
+# run is looked at with.
 GRADIENT, LATENT = 0.25, 1e-4
+FIRST, LOOKED_AT = 512, 32
+LOG_EVERY = 50
 
 
 def principal_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,54 +66,40 @@ def start(vae: VAE, pictures: Tensor) -> None:
     vae.decoder.linear.requires_grad_(False)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, help="folder of shards made by train.pairs")
-    parser.add_argument("--out", required=True, help="run folder")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=128, help="pixels, a multiple of 8")
-    # Without normalisation 1e-3 drove the activations to 1e5 and the networks silent.
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--warmup", type=int, default=250)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    args = parser.parse_args(argv)
-    if args.dry_run:
-        with torch.device("meta"):
-            networks = {"autoencoder": VAE(TINY_VAE)}
-        print(plan(networks, steps=args.steps, batch=args.batch, crop=args.crop))
-        return
-    del args.dry_run
-    config: dict[str, Any] = {**vars(args), "vae": dataclasses.asdict(TINY_VAE)}
-    run = Run(args.out, config, free=("data", "device", "save_every"))
+def train(
+    settings: AutoencoderSettings,
+    out: Path,
+    device: str = "auto",
+    *,
+    state: Path | None = None,
+    accept: Sequence[str] = (),
+) -> Path:
+    """Run or resume; the file of weights. TrainingError and others say why they stop it.
+
+    state: to go on from, if not the last one; accept: settings that may differ from the run's own.
+    """
+    s, place = settings, choose_device(device)
+    config = {**dataclasses.asdict(s), "vae": dataclasses.asdict(TINY_VAE)}
+    run = Run(out, config, free=FREE, accept=accept)
     run.catch_signals()
-    torch.manual_seed(args.seed)
-    pairs = Pairs(args.data)
-    device = torch.device(args.device)
+    torch.manual_seed(s.seed)
+    pairs = Pairs(s.data)
 
     vae = VAE(TINY_VAE, operations=layers)
-    start(vae, pairs.batch(step_generator(args.seed, 0), 512, args.crop)["hr"])
-    vae.to(device, memory_format=torch.channels_last)
+    start(vae, pairs.batch(step_generator(s.seed, 0), FIRST, s.crop)["hr"])
+    vae.to(place, memory_format=torch.channels_last)
     trained = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr)
-    schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=args.warmup, num_training_steps=args.steps
-    )
-    average = Average(vae, args.ema)
-    parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule, "average": average}
-    first = run.load_parts(**parts)
-    check = pairs.batch(step_generator(args.seed, -1), 32, args.crop)["hr"].to(device)
+    optimizer = torch.optim.AdamW(trained, lr=s.lr)
+    average = Average(vae, s.ema)
+    parts = {"vae": vae, "optimizer": optimizer, "average": average}
+    first = run.load_parts(state, **parts)
+    check = pairs.batch(step_generator(s.seed, -1), LOOKED_AT, s.crop)["hr"].to(place)
     step = first
-    for step in run.steps(first, args.steps, images=args.batch):
-        generator = step_generator(args.seed, step)
-        x = pairs.batch(generator, args.batch, args.crop)["hr"].to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+    for step in run.steps(first, s.steps, images=s.batch):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(s.lr, step - 1, kind="cosine", warmup=s.warmup, steps=s.steps)
+        x = pairs.batch(step_generator(s.seed, step), s.batch, s.crop)["hr"].to(place)
+        with autocast(place, s.precision):
             z = vae.encode(x)
             y = vae.decode(z)
         loss = pixel_loss(y, x, gradient=GRADIENT) + LATENT * z.float().square().mean()
@@ -119,10 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         if run.accept(loss):
             optimizer.step()
             average.update()
-        schedule.step()
-        if step % 50 == 0:
+        if step % LOG_EVERY == 0:
             run.log(step, loss=float(loss.detach()))
-        if step % args.save_every == 0 or step == args.steps:
+        if step % s.save_every == 0 or step == s.steps:
             with average.swapped(), torch.no_grad():
                 z = vae.encode(check)
                 value, spread = psnr(vae.decode(z), check), float(z.std())
@@ -131,10 +120,26 @@ def main(argv: list[str] | None = None) -> None:
             run.save_parts(step, **parts)
     run.save_parts(step, **parts)
     with average.swapped():
-        tensors = {k: v.detach().float().contiguous().cpu() for k, v in vae.state_dict().items()}
-        with replacing(Path(args.out) / "vae.safetensors") as part:
-            save_file(tensors, part)
+        save_weights(run.folder / "vae.safetensors", vae)
+    return run.folder / "vae.safetensors"
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = recipe.parse(AutoencoderSettings, "autoencoder", __doc__, argv)
+    s = chosen.settings
+    try:
+        if chosen.dry_run:
+            with torch.device("meta"):
+                networks = {"autoencoder": VAE(TINY_VAE)}
+            print(memory.plan(networks, steps=s.steps, batch=s.batch, crop=s.crop))
+            return 0
+        more = {"state": chosen.state, "accept": chosen.accept}
+        print(train(s, chosen.out, chosen.device, **more))
+    except (TrainingError, FileNotFoundError, ValueError) as error:
+        print(f"train.autoencoder: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(program("train.autoencoder", main))

@@ -31,7 +31,7 @@ fi
 # What is left when the last figures have had their half minute.
 hours=$("$python" -c "print(max(0.002, ($minutes * 60 - 30 - ($SECONDS - $began)) / 3600))")
 extra=()
-if [ "$device" = cpu ]; then extra=(--fp32); fi
+if [ "$device" = cpu ]; then extra=(--precision fp32); fi
 "$python" -W ignore -m train.restorer --pictures "$PICTURES" --teacher "$TEACHER" --teacher-later --out "$OUT" \
   --init "${INIT:-gendr/weights/gendr-tiny.safetensors}" --device "$device" --hours "$hours" \
   --workers "${WORKERS:-$cores}" --batch "${BATCH:-64}" --crop "${CROP:-128}" --steps "${STEPS:-100000}" \

@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.atomic import replacing
+from gendr.errors import first_line
+from train.atomic import program, replacing
 
 FORMAT = "gendr-embeddings"
 NAMES = ("positive", "negative", "null")
@@ -84,10 +85,9 @@ def load_encoder(
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
         model = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **options)
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise EmbeddingsError(
             f"no text encoder in {source}: without a network fetch `{MODEL}` elsewhere and give its "
-            f"folder as --model, or use a file of embeddings somebody made ({first})"
+            f"folder as --model, or use a file of embeddings somebody made ({first_line(error)})"
         ) from error
     if tokenizer.pad_token_id != PAD:
         warn(f"the tokenizer pads with {tokenizer.pad_token_id}; {PAD} is taken, as in SD2.1")
@@ -269,4 +269,4 @@ def make(args: argparse.Namespace, texts: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program("train.embeddings", main))

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 import gendr
+from gendr.devices import choose_device
+from train.atomic import program
 from train.evaluation import judges, measure, methods, options, report, testset
 from train.evaluation.metrics import COST, NATIVE, REFERENCE
 from train.evaluation.niqe import Niqe
@@ -127,14 +129,12 @@ def prepare(args: argparse.Namespace) -> measure.Run:
     if recipe and recipe.paired and not args.ref:
         problems.append("the paper measures this set against references: give --ref")
     niqe = Niqe(args.niqe_params) if args.niqe_params else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = prepare_methods(args, recipe, [item.stem for item in items])
     native = [*NATIVE, *([niqe.metric] if niqe else []), measure.SECONDS, measure.PEAK]
     args.out.mkdir(parents=True, exist_ok=True)
     return measure.Run(
         out=args.out, items=items, methods=found, native=native, niqe=niqe,
-        judges=prepare_judges(args, recipe), device=device if args.device == "auto"
-        else torch.device(args.device), recipe=recipe, baseline=found[0].name, problems=problems,
+        judges=prepare_judges(args, recipe), device=choose_device(args.device), recipe=recipe, baseline=found[0].name, problems=problems,
     )  # fmt: skip
 
 
@@ -197,4 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("train.evaluate", main))

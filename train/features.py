@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from gendr.errors import first_line
 from gendr.networks.unet import UNet
 
 # Names in recipes -> the hub's.
@@ -77,10 +78,9 @@ class DinoV2(nn.Module):
         try:
             return cls(AutoModel.from_pretrained(source, **options))
         except OSError as error:
-            first = (str(error).strip().splitlines() or [""])[0]
             raise FeaturesError(
                 f"DINOv2 can't be loaded from {source}: fetch it where there is a network "
-                f"(`hf download {source}`) and give its folder instead of {name} ({first})"
+                f"(`hf download {source}`) and give its folder instead of {name} ({first_line(error)})"
             ) from error
 
     def train(self, mode: bool = True) -> DinoV2:

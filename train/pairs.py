@@ -284,13 +284,13 @@ def make(
 
 
 def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
-    """`source=factor,source=factor` of a command line."""
+    """`source=factor,source=factor` of a command line. ValueError says what is wrong."""
     try:
         found = [(k, float(v)) for k, v in (part.split("=") for part in text.split(",") if part)]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: write source=factor,source=factor") from error
+        raise ValueError(f"--weights {text}: write source=factor,source=factor") from error
     if any(v < 0 for _, v in found):
-        raise argparse.ArgumentTypeError("factors must not be negative")
+        raise ValueError(f"--weights {text}: factors must not be negative")
     return tuple(sorted(found))
 
 
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--drawn", type=float, default=0.05, help="share of rendered text and line art (0.05)"
     )
-    p.add_argument("--weights", type=parse_weights, default=(), metavar="SOURCE=FACTOR,...")
+    p.add_argument("--weights", default="", metavar="SOURCE=FACTOR,...")
     p.add_argument(
         "--flat", type=float, default=0.0, help="share of empty paper and slow gradients (0)"
     )
@@ -325,15 +325,15 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"--crop {args.crop} is not a multiple of 4")
     if args.threads:
         torch.set_num_threads(args.threads)
-    options = Options(
-        crop=args.crop,
-        mix=args.mix,
-        seed=args.seed,
-        drawn=args.drawn,
-        flat=args.flat,
-        weights=args.weights,
-    )
     try:
+        options = Options(
+            crop=args.crop,
+            mix=args.mix,
+            seed=args.seed,
+            drawn=args.drawn,
+            flat=args.flat,
+            weights=parse_weights(args.weights),
+        )
         model = None
         if args.teacher:
             model = peers.teacher(args.teacher, device=args.device, half=not args.fp32)

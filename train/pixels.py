@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 # Pixels that the autoencoder and DINOv2 see at a time; their maps are the largest of all.
@@ -37,6 +38,25 @@ def pixel_loss(y: Tensor, target: Tensor, *, gradient: float) -> Tensor:
         for a, b in zip(gradients(y), gradients(target), strict=True):
             loss = loss + gradient * F.l1_loss(a, b)
     return loss
+
+
+def grid_loss(y: Tensor, target: Tensor, *, cell: int = 4, window: int = 32) -> Tensor:
+    """Mean absolute height of a grid of `cell` pixels in the error: b c h w twice -> a scalar.
+
+    A decoder that makes `cell` x `cell` pixels out of one position can leave the same pattern in
+    all of them, which hardly counts in a pixel loss and shows in flat areas. In each window the
+    error is averaged per place in the cell: what these means differ by is the pattern. The sides
+    are multiples of `window`.
+    """
+    error = rearrange(
+        y.float() - target.float(),
+        "b c (i m p) (j n q) -> b c i j (m n) (p q)",
+        m=window // cell,
+        n=window // cell,
+        p=cell,
+        q=cell,
+    ).mean(-2)
+    return (error - error.mean(-1, keepdim=True)).abs().mean()
 
 
 def psnr(y: Tensor, target: Tensor) -> float:

@@ -31,6 +31,7 @@ from PIL import Image
 
 from gendr.networks.unet import UNet
 from train import cida, memory, recipe, repa
+from train.atomic import program
 from train.data import degradations
 from train.data.index import Sources, cache_folder, find
 from train.data.pictures import Degradation, Pictures
@@ -338,4 +339,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program("train.preflight", main))

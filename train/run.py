@@ -22,7 +22,8 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train.atomic import replacing, write_text
+from gendr.errors import first_line
+from train.atomic import replacing, write_text, writing
 from train.data.stream import Stream
 from train.processes import Processes, TrainingError
 
@@ -82,10 +83,11 @@ class Run:
                     "--out, the run's own settings to resume it, or --accept "
                     f"{','.join(changed)} to go on with the new ones"
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
-        self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.folder / "tensorboard"))
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
+            self.log_file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def catch_signals(self, hours: float = 0.0) -> None:
         """Let Ctrl-C, a polite kill, and the end of so many hours finish the step in hand and save."""
@@ -108,7 +110,14 @@ class Run:
             if path != self.state_path:
                 raise TrainingError(f"there is no state {path}: give a state*.pt of a run folder")
             return None
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # torch raises many kinds here, all meaning the same.
+        except Exception as error:
+            raise TrainingError(
+                f"{path} is no whole state of a run ({first_line(error)}): give an earlier "
+                f"{path.stem}*.pt with --state, or another --out to begin anew"
+            ) from error
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state atomically, and keep the one before it if all was well then."""
@@ -153,10 +162,9 @@ class Run:
             try:
                 part.load_state_dict(state[name])
             except (RuntimeError, ValueError, KeyError) as error:
-                first = str(error).strip().splitlines()[0]
                 raise TrainingError(
                     f"the {name} of {path or self.state_path} is of another version or of other networks "
-                    f"than this run: give another --out ({first})"
+                    f"than this run: give another --out ({first_line(error)})"
                 ) from error
         for name, value in state.get("watch", {}).items():
             setattr(self, name, value)
@@ -176,12 +184,13 @@ class Run:
             return
         # JSON knows no NaN: what isn't finite is null.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.log_file.write(json.dumps({"step": step, "time": round(time.time(), 1), **finite}))
-        self.log_file.write("\n")
-        self.log_file.flush()
-        for name, value in finite.items():
-            if value is not None:
-                self.board.add_scalar(name, value, step)
+        line = json.dumps({"step": step, "time": round(time.time(), 1), **finite})
+        with writing(self.folder / "log.jsonl"):
+            self.log_file.write(f"{line}\n")
+            self.log_file.flush()
+            for name, value in finite.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
 
     def show(self, step: int, *sheets: Path) -> None:
         """Pictures of the run folder in TensorBoard, by their names."""

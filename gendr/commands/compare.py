@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .. import pictures
+from .. import devices, pictures
+from ..plan import NotEnoughMemory, gib
 
 PAPER, INK, FRAME = (24, 24, 27), (235, 235, 235), (255, 196, 0)
 WHOLE, SMALLEST = 640, 320  # pixels: the longest side of a whole, the smallest detail
 MARGIN, LABEL = 16, 28
 METHOD = Image.Resampling.BICUBIC
+# Bytes per pixel of a picture while it is searched for detail, or made ready to be drawn.
+EACH = 48
 
 
 def run(
@@ -39,6 +42,7 @@ def run(
     """
     if output.exists() and any(output.samefile(p) for p in (source, result) if p.exists()):
         raise ValueError(f"the comparison would replace {output}; choose another --output")
+    expect_memory(source, result)
     before, after = (on_paper(pictures.read(path, **reading).pixels) for path in (source, result))
     height, width = before.shape[-2:]
     # A detail of half a panel is shown twice as large as it is in the result.
@@ -54,6 +58,17 @@ def run(
     output.parent.mkdir(parents=True, exist_ok=True)
     pictures.write(output, pixels, None, overwrite=overwrite)
     return {"output": str(output), "crop": [x, y, side], "size": [sheet.height, sheet.width]}
+
+
+def expect_memory(*paths: Path) -> None:
+    """`NotEnoughMemory` where these pictures, as their headers measure them, cannot be held."""
+    needed = EACH * sum(height * width for height, width in map(pictures.measure, paths))
+    if needed > (free := devices.free_bytes(torch.device("cpu"))):
+        names = " and ".join(path.name for path in paths)
+        raise NotEnoughMemory(
+            f"{names} take about {gib(needed)} GiB of main memory, and {gib(free)} GiB are free: "
+            "compare smaller pictures, or close other programs"
+        )
 
 
 def on_paper(pixels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,17 @@ from torch import Tensor
 from .. import pictures
 from ..settings import Settings
 from . import video
-from .finding import MAGIC, PICTURES, Found, by_pattern, expand, folded, identity, in_folder
+from .finding import (
+    MAGIC,
+    PICTURES,
+    Found,
+    by_pattern,
+    expand,
+    folded,
+    identity,
+    in_folder,
+    other_endings,
+)
 
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 WRITABLE = tuple(suffix for known in pictures.FORMATS.values() for suffix in known.suffixes)
@@ -47,6 +58,9 @@ def collect(words: list[str], recursive: bool = False) -> Inputs:
     notes: list[str] = []
     for word in words:
         path = expand(word)
+        if problem := no_path(word):
+            jobs.append(Job(path, named=True, problem=problem))
+            continue
         if os.path.isdir(path):
             found = in_folder(path, recursive)
             jobs += [Job(file, base=path) for file in found.files]
@@ -56,6 +70,8 @@ def collect(words: list[str], recursive: bool = False) -> Inputs:
                 jobs.append(Job(path, problem=problem))
         elif os.path.lexists(path) or not MAGIC.search(word):
             missing = None if os.path.exists(path) else "there is no such file"
+            if missing and os.path.islink(path):
+                missing = "is a link that leads nowhere; link it anew, or name the file itself"
             jobs.append(Job(path, named=True, problem=missing))
             continue
         else:
@@ -71,6 +87,21 @@ def collect(words: list[str], recursive: bool = False) -> Inputs:
     for job in jobs:
         unique.setdefault(identity(job.source), job)
     return Inputs(list(unique.values()), single=len(jobs) == 1 and jobs[0].named, notes=notes)
+
+
+def no_path(word: str) -> str | None:
+    """What to do about a word that stands for no file."""
+    if not word:  # Path takes it for the folder that one is in
+        return "a name is empty, perhaps a variable that is not set; give a file or a folder"
+    if os.path.lexists(word):
+        return None
+    if word == "-":
+        return "pictures are read from files, not from standard input; save it first"
+    if re.match(r"(https?|ftp|s3|data):", word, re.IGNORECASE):
+        return "is an address; download the picture first"
+    if word.lower().startswith("file:"):
+        return "is an address; give the file's name without file://"
+    return None
 
 
 def passed_over(found: Found) -> str:
@@ -157,7 +188,8 @@ def _among_results(job: Job, output: Path | None) -> bool:
 
 def is_file_name(output: Path | None) -> bool:
     """Does `--output` name a picture, not a folder?"""
-    known = (*PICTURES, *video.SUFFIXES)
+    # Of kinds that cannot be written too: nobody means a folder by `out.heic`.
+    known = (*PICTURES, *video.SUFFIXES, *other_endings())
     return output is not None and output.suffix.lower() in known and not output.is_dir()
 
 

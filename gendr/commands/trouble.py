@@ -9,6 +9,7 @@ from typing import Any
 from .. import devices
 from ..files.shapes import CheckpointError
 from ..pictures import CutShortError, TooLargeError
+from ..pictures.kinds import os_reason
 from ..restoration import NotFinite
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -30,7 +31,11 @@ def reason(error: Exception) -> str:
     if isinstance(error, (ValueError, NotFinite)):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        if error.errno == errno.ENAMETOOLONG:
+            return f"the result's name is too long; choose a shorter --suffix or name: {error.filename}"
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            return f"a file is where a folder is needed: {error.filename}; choose another --output"
+        return os_reason(error) + (f": {error.filename}" if error.filename else "")
     return f"unexpected {type(error).__name__}: {error}"
 
 

@@ -27,12 +27,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import pictures
+from .. import devices, pictures
 from ..files import checkpoint
 from ..model import GenDR
 from ..pictures.placing import sweep
 from ..report import OnProgress, Report
 from ..settings import Settings
+from ..steady import Steady
 from . import jobs, masks, stopping, team, video
 from .jobs import Job, expect_room, result_pixels
 from .journal import Journal, key
@@ -44,7 +45,10 @@ STOPPED = 130  # what shells report for a program that Ctrl-C ended
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `gendr upscale` was asked for, besides how a picture is restored."""
+    """What `gendr upscale` was asked for, besides how a picture is restored.
+
+    settings: of a clip; pictures are no frames, and `steady` is not for them.
+    """
 
     settings: Settings
     output: Path | None
@@ -98,7 +102,7 @@ class Batch:
         self.full = False  # the disk was full once: look first, do not work for nothing
         header = checkpoint.describe(options.model or checkpoint.EMBEDDED)
         self.facts = {
-            "settings": dataclasses.asdict(options.settings),
+            "settings": dataclasses.asdict(dataclasses.replace(options.settings, steady=False)),
             "model": header.get("sha256") or str(header),
             "base": str(options.base),
             "dtype": options.dtype,
@@ -206,6 +210,9 @@ class Batch:
 
     def folder_problem(self, folder: Path) -> str | None:
         """Why nothing can be written to `folder`, found out by trying."""
+        if self.folders.get(folder, "") is None and not folder.is_dir():
+            # A disk that was taken away, say: what is made in its place would go to another.
+            return f"the folder {folder} is gone; bring it back, or choose another with --output"
         if folder not in self.folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -223,6 +230,10 @@ class Batch:
         options = self.options
         self.bar.begin(job.source.name, job.pixels)
         identity = self.key(job)  # of the file as it is read, in case it changes meanwhile
+        # By its header: what cannot be held must not be decoded first.
+        model.expect_memory(
+            *pictures.measure(job.source), options.settings, masked=self.mask is not None
+        )
         picture = pictures.read(job.source, **self.reading)
         for note in picture.notes:
             self.say(f"note: {plain(job.source)}: {plain(note)}")
@@ -263,9 +274,12 @@ class Batch:
         if size != plan.output_size:
             events["the last row or column is left out: H.264 needs even sides"] = None
         started = time.monotonic()
+        # One plan for all frames: other tiles would round otherwise.
+        whole = {"clip": Steady(), "steady": self.options.settings.steady}
+        whole["free_bytes"] = devices.free_bytes(model.device)
 
         def frame(pixels: Tensor) -> Tensor:
-            output, report = self.restored(model, pixels, lambda p: None)
+            output, report = self.restored(model, pixels, lambda p: None, **whole)
             events.update(dict.fromkeys(report.events))
             return output
 
@@ -273,7 +287,9 @@ class Batch:
             total = max(frames, number)
             self.bar.tile(number, total, number / total)
 
-        done = clip.restore(frame, told, lambda part: self.record(job, identity, part))
+        done = clip.restore(
+            frame, told, lambda part: self.record(job, identity, part), whole["clip"]
+        )
         return Report(
             model=model.name,
             settings=self.options.settings,
@@ -285,12 +301,14 @@ class Batch:
             events=[f"{done} frames", *events],
         )
 
-    def restored(self, model: GenDR, pixels: Tensor, told: OnProgress) -> tuple[Tensor, Report]:
-        mask = {}
+    def restored(
+        self, model: GenDR, pixels: Tensor, told: OnProgress, **others: Any
+    ) -> tuple[Tensor, Report]:
+        """others: what a frame of a clip has besides; a picture on its own is none."""
         if self.mask is not None:
-            mask["mask"] = masks.fitted(self.mask, *pixels.shape[-2:])
-        settings = dataclasses.asdict(self.options.settings)
-        return model.restore_with_report(pixels, progress=told, **mask, **settings)
+            others["mask"] = masks.fitted(self.mask, *pixels.shape[-2:])
+        settings = dataclasses.asdict(self.options.settings) | {"steady": False}
+        return model.restore_with_report(pixels, progress=told, **(settings | others))
 
     def record(self, job: Job, identity: str, part: Path) -> None:
         with contextlib.suppress(OSError):  # without its record a picture is still a picture
@@ -300,7 +318,10 @@ class Batch:
         self.stopping = True
 
     def key(self, job: Job) -> str:
-        return key(job.source, {**self.facts, "target": job.target.name})
+        facts = {**self.facts, "target": job.target.name}
+        if video.is_clip(job.source):
+            facts["steady"] = self.options.settings.steady
+        return key(job.source, facts)
 
     # ---- words ----
 

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..pictures import PictureError
 from ..pictures.placing import replacing
+from ..steady import Steady
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts")
 # What results are written as: MP4's family stays, everything else becomes Matroska, which can hold
@@ -142,16 +144,21 @@ class Clip:
         restored: Callable[[Tensor], Tensor],
         told: Callable[[int], None],
         before: Callable[[Path], None] | None = None,
+        steady: Steady | None = None,
     ) -> int:
         """Restore what is missing and join it; how many frames there are. Raises PictureError.
 
         Pieces that an earlier run has finished under the same key are not restored again.
 
         restored: one frame, 1 3 h w -> 1 3 H W. told: called with the number of frames done.
-        before: called with the finished file before it takes its place.
+        before: called with the finished file before it takes its place. steady: what `restored` knows
+        of earlier frames; it is kept beside each piece, so that frames after a stop are as without.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        frames = len(self.pieces()) * PIECE
+        done = self.pieces()
+        frames = len(done) * PIECE
+        if steady is not None and done and self.memory(done[-1]).exists():
+            steady.resume(load_file(self.memory(done[-1])))
         with _told(self.source) as av, av.open(str(self.source)) as container:
             stream = _picture_stream(container, self.source)
             stream.thread_type = "AUTO"
@@ -168,6 +175,8 @@ class Clip:
                         piece = _Piece(av, place, stream, frame, pixels, self.crf)
                     piece.add(pixels, frame, number)
                     if number % PIECE == 0:
+                        if steady is not None:
+                            self.keep(steady, piece.path)
                         piece.finish()
                         piece = None
                     told(number)
@@ -181,6 +190,22 @@ class Clip:
             self._join(av, before)
         shutil.rmtree(self.folder, ignore_errors=True)
         return number
+
+    def memory(self, piece: Path) -> Path:
+        """Where is kept what is known after a piece."""
+        return piece.with_suffix(".safetensors")
+
+    def keep(self, steady: Steady, piece: Path) -> None:
+        """What is known after a piece, written before the piece has its name; of those before it only
+        the last is kept, for a stop between the two.
+        """
+        target = self.memory(piece)
+        earlier = sorted(self.folder.glob("*.safetensors"))
+        part = target.with_suffix(".known")
+        save_file({name: x.contiguous() for name, x in steady.state().items()}, part)
+        part.replace(target)
+        for file in earlier[:-1]:
+            file.unlink(missing_ok=True)
 
     @property
     def crf(self) -> int:

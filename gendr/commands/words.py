@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import pictures
@@ -13,6 +15,7 @@ from ..files.sources import HYPIR
 from ..settings import BOUNDS, COLOR_FIXES, DTYPES, PRESETS, SPEEDS, Settings, fidelity_from
 from . import jobs
 from .finding import expand
+from .trouble import plain
 
 PROG = os.environ.get("GENDR_PROG", "gendr")
 EPILOG = """\
@@ -21,9 +24,21 @@ with Ctrl-C (what was finished is kept; --resume goes on)"""
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong use is answered with what was wrong, not with every option there is."""
+    """Wrong use is answered with what was wrong, not with every option there is.
+
+    typed: the words of the command line, as far as they are known.
+    """
+
+    typed: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.typed = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        taken = next((w for w in self.typed if w.startswith("-") and os.path.lexists(w)), None)
+        if taken is not None and "--" not in self.typed:
+            message += f"; names that begin with -, as {plain(taken)} does, come last, after --"
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists what can be given\n")
 
 
@@ -64,7 +79,7 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
     fold = command("fold", "write the folded one-step form of a model: smaller, faster")
     fold.add_argument("checkpoint", type=expand, help="model file")
     add_base(fold)
-    fold.add_argument("--output", "-o", type=expand, required=True, help="file to write")
+    fold.add_argument("--output", "-o", type=place, required=True, help="file to write")
     fold.add_argument("--dtype", choices=DTYPES[1:], help="number format of the weights")
     fold.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
@@ -73,7 +88,7 @@ def parser(runs: dict[str, Callable[..., int]]) -> Parser:
     side = command("compare", "write one PNG: input | result, and a detail enlarged")
     side.add_argument("input", type=expand, help="the picture before")
     side.add_argument("result", type=expand, help="the picture after")
-    side.add_argument("--output", "-o", type=expand, help="(default: RESULT_compare.png)")
+    side.add_argument("--output", "-o", type=place, help="(default: RESULT_compare.png)")
     side.add_argument(
         "--crop",
         type=crop,
@@ -96,7 +111,7 @@ def add_convert(made: argparse.ArgumentParser) -> None:
         required=True,
         help="Stable Diffusion 2.1-base: a diffusers folder, or one file",
     )
-    made.add_argument("--output", "-o", type=expand, required=True, help="file to write")
+    made.add_argument("--output", "-o", type=place, required=True, help="file to write")
     made.add_argument("--prompt", default="", help="the fixed prompt (default: empty)")
     made.add_argument(
         "--embeds",
@@ -136,7 +151,7 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--output",
         "-o",
-        type=expand,
+        type=place,
         help="folder for the results, or a file for one picture (default: beside each picture)",
     )
 
@@ -178,6 +193,12 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="restore where this picture is white, enlarge plainly elsewhere",
     )
+    look.add_argument(
+        "--no-steady",
+        dest="steady",
+        action="store_false",
+        help="videos: every frame on its own; what does not move is kept from flickering otherwise",
+    )
     look.add_argument("--seamless", action="store_true", help="keep a repeating texture repeating")
 
     work = made.add_argument_group("work")
@@ -195,7 +216,9 @@ def add_upscale(made: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--quality", type=percent, help=f"of jpg and webp, 1 to 100 (default: {quality})"
     )
-    files.add_argument("--suffix", help="added to names (default: _x4 and the like)")
+    files.add_argument(
+        "--suffix", type=part_of_a_name, help="added to names (default: _x4 and the like)"
+    )
     files.add_argument(
         "--recursive", "-r", action="store_true", help="look into folders' folders, not into links"
     )
@@ -264,6 +287,25 @@ def number(group: Any, *flags: str, help: str) -> None:
         metavar="N",
         help=f"{help} ({limits})",
     )
+
+
+def place(text: str) -> Path:
+    """Where results go."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty: give a folder or a file")
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "results go to files, not to standard output: give a folder or a file (./- is one)"
+        )
+    return expand(text)
+
+
+def part_of_a_name(text: str) -> str:
+    if wrong := next((c for c in (os.sep, os.altsep, "/", "\0") if c and c in text), None):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is to be part of a name, which {wrong!r} is not: --output names folders"
+        )
+    return text
 
 
 def positive(text: str) -> int:

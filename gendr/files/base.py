@@ -14,7 +14,7 @@ from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE, VAEConfig
 from . import folders, layouts, sources
 from .header import METADATA
-from .reading import SAFETENSORS, outline, read_json, read_pickle
+from .reading import is_safetensors, outline, read_json, read_pickle
 from .shapes import CheckpointError, recognise, unet_config, vae_config
 from .stored import Stored
 
@@ -67,7 +67,7 @@ def read(path: Path) -> Base:
 
 
 def _open(path: Path) -> Stored:
-    if path.suffix.lower() in SAFETENSORS:
+    if is_safetensors(path):
         return Stored(path)
     return Stored(path, lambda: read_pickle(path))
 
@@ -127,7 +127,7 @@ def _ldm_file(path: Path) -> Base:
     if not unet or not autoencoder:
         restorer = sources.name_of(path)
         what = f"a file of {restorer}" if restorer else recognise(empty)
-        if path.suffix.lower() in SAFETENSORS and METADATA in outline(path)[0]:
+        if is_safetensors(path) and METADATA in outline(path)[0]:
             what = "a GenDR file"
         raise CheckpointError(
             f"{path.name} is {what}, not a whole Stable Diffusion in one file: {folders.GIVE}"

@@ -34,11 +34,11 @@ from . import layouts, lora, sources, stored
 from .header import METADATA, STORED, Header, Newer, printable
 from .reading import EXTENSIONS as EXTENSIONS
 from .reading import (
-    SAFETENSORS,
     File,
     check_exists,
     check_numbers,
     finite,
+    is_safetensors,
     naming,
     outline,
     read_file,
@@ -453,7 +453,7 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
             return {**header.as_dict(), "path": str(path), "tensors": len(tensors)}
         check_exists(path)
         facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
-        if path.suffix.lower() not in SAFETENSORS:
+        if not is_safetensors(path):
             tensors = read_file(path).tensors
             kind = sources.advice(path) or recognise(tensors)
             return {**facts, "tensors": len(tensors), "kind": kind}

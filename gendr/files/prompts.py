@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .reading import SAFETENSORS, read_pickle
+from .reading import is_safetensors, read_pickle
 from .shapes import CheckpointError
 
 # SD2.1 was trained with prompts padded by token 0, "!", not by the end token as other models of its
@@ -140,7 +140,7 @@ def _no_encoder(base: Path, error: Exception) -> str:
 
 
 def _from_file(path: Path, transformers: Any) -> Any:
-    tensors = _safetensors(path) if path.suffix.lower() in SAFETENSORS else read_pickle(path)
+    tensors = _safetensors(path) if is_safetensors(path) else read_pickle(path)
     state = {k.removeprefix(OPEN_CLIP): v for k, v in tensors.items() if k.startswith(OPEN_CLIP)}
     try:
         width = state["positional_embedding"].shape[1]

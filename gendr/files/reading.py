@@ -36,6 +36,20 @@ MOST_TENSORS = 20_000
 LARGEST_JSON = 10_000_000
 # Characters of a message.
 LONGEST = 600
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+# What people take for a model file, by its first bytes, and what to do.
+OTHERS = {
+    b"GGUF": "a GGUF file, whose weights are quantised: get them as safetensors in fp16, bf16 or fp32",
+    b"{": "a text file (JSON): give the weights themselves, or the folder that they lie in",
+    b"<": "a web page: the download went wrong, fetch the file itself",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
+    b"\x89PNG": "a picture, not a model file",
+    b"\xff\xd8\xff": "a picture, not a model file",
+    b"\x89HDF": "an HDF5 file of another program: get the weights as safetensors",
+    b"\x1f\x8b": "a compressed file: unpack it first",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it first",
+    b"Rar!": "a RAR archive: unpack it first",
+}
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -89,9 +103,27 @@ def naming(path: Path) -> Iterator[None]:
 def read_file(path: Path) -> File:
     """All tensors of one file. FileNotFoundError or CheckpointError with a sentence."""
     check_exists(path)
-    if path.suffix.lower() in SAFETENSORS:
+    if is_safetensors(path):
         return read_safetensors(path)
     return File(path, {}, read_pickle(path))
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is of that format, by its first bytes; by its name where they do not tell.
+
+    CheckpointError with what to do for a file that is known to be neither that nor a pickle.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and 0 < length < path.stat().st_size:
+        return True
+    for magic, what in OTHERS.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path.name} is {what}")
+    if start.startswith((ZIP, PICKLE)):
+        return False
+    return path.suffix.lower() in SAFETENSORS
 
 
 def check_exists(path: Path) -> None:
@@ -153,6 +185,9 @@ def load_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             # Of pickles that hold more than tensors; what can't be read is said below.
             warnings.simplefilter("ignore")
+            if path.suffix.lower() in SAFETENSORS:  # torch goes by that name
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except PermissionError:
         raise

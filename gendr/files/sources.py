@@ -22,7 +22,7 @@ from .. import schedule
 from . import layouts, lora
 from .header import METADATA
 from .lora import Lora
-from .reading import SAFETENSORS, check_numbers, load_pickle, outline, read_safetensors
+from .reading import check_numbers, is_safetensors, load_pickle, outline, read_safetensors
 from .shapes import CheckpointError, vae_config
 
 # peft's lora_alpha where a program doesn't set it; the pickles hold the rank alone.
@@ -181,7 +181,7 @@ def read(path: Path, *, semantic: bool = True, coeff_t: int | None = None) -> So
     if found is None:
         if part := _part(path):
             raise CheckpointError(part)
-        if path.suffix.lower() in SAFETENSORS and METADATA in outline(path)[0]:
+        if path.is_file() and is_safetensors(path) and METADATA in outline(path)[0]:
             raise CheckpointError(
                 f"{path.name} is a GenDR file already: give it to --model, or put it into models/gendr"
             )
@@ -253,7 +253,7 @@ def _contents(path: Path) -> Any:
     """What a file holds; of a folder, its adapters' folders by name; tensors are mapped."""
     if path.is_dir():
         return {name: path / name for name in OMGSR_FOLDERS if (path / name).is_dir()}
-    if path.suffix.lower() not in SAFETENSORS:
+    if not is_safetensors(path):
         return load_pickle(path)
     return read_safetensors(path).tensors
 

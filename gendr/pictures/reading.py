@@ -264,7 +264,7 @@ class _Source:
         if self.png is not None and self.whole:
             png.expect_rows(self.png, self.file)
         if self.jpeg is not None and self.whole:
-            jpeg.expect_whole(self.image, self.file, self.jpeg)
+            self.notes += jpeg.expect_whole(self.image, self.file, self.jpeg)
         found = wide or modes.samples(self.image, self.kind, bits, self.notes)
         # Pillow turns a TIFF while it loads it.
         return found._replace(upright=self.kind == "TIFF")

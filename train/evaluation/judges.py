@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gendr.errors import first_line
 from train.evaluation.metrics import ALONE, REFERENCE, Metric, as_tensor, crop_common
 
 
@@ -127,6 +128,4 @@ def open_judge(
 
 def reason_of(error: BaseException) -> str:
     """One line that says what went wrong, of bounded length."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."
+    return f"{type(error).__name__}: {first_line(error)}"

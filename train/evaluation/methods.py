@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import gendr
 from gendr import pictures
+from gendr.devices import choose_device
 from gendr.files import checkpoint
 from gendr.settings import for_model
 from train import peers
@@ -277,9 +278,7 @@ class Spandrel:
     def __init__(self, name: str, path: Path, settings: gendr.Settings, *, device: str):
         """Raises ValueError (PeerError) without spandrel, or for a file that it doesn't know."""
         model = peers.read(path)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.name, self.settings, self.device = name, settings, device
+        self.name, self.settings, self.device = name, settings, str(choose_device(device))
         self.model = model
         sha256 = file_sha256(path)
         self.facts = {

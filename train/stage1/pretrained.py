@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gendr import schedule
+from gendr.errors import first_line
 from gendr.files import checkpoint, layouts
 from gendr.files.checkpoint import CheckpointError
 from gendr.files.shapes import recognise, unet_config, vae_config
@@ -89,10 +90,9 @@ def folder_of(
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, **options))
     except Exception as error:  # offline, removed, gated, proxies: many kinds, one remedy
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise PretrainedError(
             f"{source} can't be fetched from the hub: where there is a network run "
-            f"`hf download {source}`, then give its folder here ({lines[0][:160]})"
+            f"`hf download {source}`, then give its folder here ({first_line(error)})"
         ) from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class Discriminator(nn.Module):
-    """Picture and its input, each b 3 h w in [-1, 1] -> logits b 1 h/8 w/8, high = the target's.
+    """Picture and its input, each b 3 h w in [-1, 1] -> logits [b 1 h/8 w/8], high = the target's.
 
     Spectral norms keep it from winning at once; no normalisation, so crops don't see each other.
     """
@@ -33,8 +34,8 @@ class Discriminator(nn.Module):
         layers += [nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 1, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, picture: Tensor, source: Tensor) -> Tensor:
-        return self.features(picture, source)[-1]
+    def forward(self, picture: Tensor, source: Tensor) -> list[Tensor]:
+        return [self.features(picture, source)[-1]]
 
     def features(self, picture: Tensor, source: Tensor) -> list[Tensor]:
         """Maps behind every activation, coarsest last, and the logits at the end."""
@@ -71,6 +72,46 @@ class FeatureDiscriminator(nn.Module):
             head(torch.cat([p, s], dim=1))
             for head, p, s in zip(self.heads, picture, source, strict=True)
         ]
+
+
+# What a discriminator looks at: a picture, or the maps of one.
+View = Tensor | Sequence[Tensor]
+
+
+class Adversary:
+    """A discriminator that learns beside the network it judges."""
+
+    def __init__(self, discriminator: Discriminator | FeatureDiscriminator):
+        self.discriminator = discriminator
+        self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
+
+    def parts(self) -> dict[str, Any]:
+        """What a run's state holds of it."""
+        return {"discriminator": self.discriminator, "judge": self.optimizer}
+
+    def learn(self, result: View, real: View, source: View) -> float:
+        """One step of the discriminator; its loss."""
+        told = self.discriminator(real, source), self.discriminator(_detached(result), source)
+        pairs = zip(*told, strict=True)
+        loss = torch.stack([discriminator_loss(*pair) for pair in pairs]).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def fooled(self, result: View, real: View, source: View, *, matching: float) -> Tensor:
+        """What the network lowers; matching: weight of the discriminator's own maps (pictures)."""
+        if not matching:
+            logits = self.discriminator(result, source)
+            return torch.stack([generator_loss(v) for v in logits]).mean()
+        seen = self.discriminator.features(result, source)
+        with torch.no_grad():
+            wanted = self.discriminator.features(real, source)
+        return generator_loss(seen[-1]) + matching * feature_matching(wanted, seen)
+
+
+def _detached(view: View) -> View:
+    return view.detach() if isinstance(view, Tensor) else [v.detach() for v in view]
 
 
 def discriminator_loss(target: Tensor, result: Tensor) -> Tensor:

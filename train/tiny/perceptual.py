@@ -20,6 +20,22 @@ BLOCKS = (0, 2, 4, 10)
 EPS = 1e-6
 
 
+# The features' strides make 16: shifts within one period put every pixel in every place of a stride.
+SHIFTS = 16
+
+
+def shifted(*pictures: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """The same window of each picture b c h w, at a random place: SHIFTS - 1 pixels less a side.
+
+    Layers of stride 2 look at pixels in even and odd places with different weights. Where they
+    always begin at the same pixel, so do their gradients, and a decoder of 4 x 4 pixels per position
+    learns that pattern as a grid.
+    """
+    y, x = torch.randint(SHIFTS, (2,), generator=generator).tolist()
+    h, w = (side - SHIFTS + 1 for side in pictures[0].shape[-2:])
+    return [p[..., y : y + h, x : x + w] for p in pictures]
+
+
 class Perceptual(nn.Module):
     """Pictures b 3 h w in [-1, 1] twice -> their mean distance, a scalar, 0 for equal pictures.
 
