@@ -179,7 +179,7 @@ def test_a_worker_tells_what_loading_took():
 
 
 def test_the_files_of_a_conversion_are_those_that_are_published(tmp_path):
-    few = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 16}
+    few = {"block_out_channels": (16, 32, 48, 48), "norm_num_groups": 16}
     full = conversion.SD21_BASE
     config = StepConfig(unet=replace(full.unet, head_dim=16, **few), vae=replace(full.vae, **few))
     base = bases.read(conversion.write_base(tmp_path / "base", config))
