@@ -27,7 +27,7 @@ def main(typed: Sequence[str] | None = None) -> int:
     ensure_streams()
     for stream in (sys.stdout, sys.stderr):
         # File names need not fit the terminal's encoding.
-        with contextlib.suppress(AttributeError, ValueError):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(typed)
     try:

@@ -134,8 +134,8 @@ def _shaped(path: Path, samples: np.ndarray, name: str) -> np.ndarray:
     if name == "WEBP" or (name == "TIFF" and samples.dtype == np.uint16 and channels == 2):
         grey = {1: [0, 0, 0], 2: [0, 0, 0, 1]}.get(samples.shape[-1])
         samples = samples[..., grey] if grey else samples
-    if name == "TIFF" and samples.nbytes > 2**32 - 2**20:
-        raise PictureError(f"{path}: TIFF ends at 4 GB; write PNG")
+    if samples.nbytes > known.size:
+        raise PictureError(f"{path}: {name} ends at 4 GB; write PNG")
     return samples
 
 
