@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gendr import devices
+from gendr.files.convert import inside
+from gendr.files.shapes import wanted_shapes
 from gendr.networks.onestep import StepConfig
-from gendr.networks.unet import SD21, UNet
+from gendr.networks.unet import SD21
 from gendr.networks.vae import SD_VAE
 from gendr.schedule import BETA_END, BETA_START, STEPS
 
@@ -121,9 +123,7 @@ def write_pisa(path: Path, shapes: dict[str, tuple[int, ...]], scale: float = 0.
 
 def unet_shapes(config: StepConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the UNet of a base, under diffusers' names."""
-    with torch.device("meta"):
-        network = UNet(config.unet)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return inside(wanted_shapes(config), "unet")
 
 
 def convert(source: Path, base: Path, out: Path) -> dict[str, Any]:

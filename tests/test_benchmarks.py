@@ -121,6 +121,8 @@ def test_a_rehearsal_of_the_card_s_run(monkeypatch, tmp_path, capsys):
     # A compiler takes a minute for what this test says nothing about.
     monkeypatch.setattr(gpu, "EXTRAS", gpu.EXTRAS[1:])
     monkeypatch.setattr(gpu, "DRY_RESTORED", [(64, 0, None), (128, 64, 0.5)])
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "SIZES", (64,))
     words = ["--dry-run", "--sizes", "64", "--out", str(tmp_path)]
     assert gpu.main(words) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
@@ -142,6 +144,8 @@ def test_a_rehearsal_of_the_card_s_run(monkeypatch, tmp_path, capsys):
 
 def test_a_failing_gpu_test_ends_the_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu.Run, "tests", lambda self: 1)
+    monkeypatch.setattr(gpu.Run, "start", lambda self, model: pytest.fail("went on"))
+    monkeypatch.setattr(gpu, "SIZES", (64,))
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 1
     assert "nothing was measured" in capsys.readouterr().out
     assert "stages" not in json.loads((tmp_path / "gpu.json").read_text())

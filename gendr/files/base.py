@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..networks.unet import UNet, UNetConfig
-from ..networks.vae import VAE, VAEConfig
+from ..networks.onestep import StepConfig
+from ..networks.unet import UNetConfig
+from ..networks.vae import VAEConfig
 from . import folders, layouts, sources
 from .header import METADATA
 from .reading import is_safetensors, outline, read_json, read_pickle
-from .shapes import CheckpointError, recognise, unet_config, vae_config
+from .shapes import CheckpointError, recognise, unet_config, vae_config, wanted_shapes
 from .stored import Stored
 
 LICENCE = "OpenRAIL++-M (SD2.1-base)"
@@ -193,13 +194,7 @@ def _complete(base: Base) -> None:
             f"autoencoder on {base.vae.latent_channels} (an inpainting or depth model?): "
             f"{folders.GIVE}"
         )
-    with torch.device("meta"):
-        networks = {"unet": UNet(base.unet), "vae": VAE(base.vae)}
-    wanted = {
-        f"{part}.{name}": tuple(tensor.shape)
-        for part, network in networks.items()
-        for name, tensor in network.state_dict().items()
-    }
+    wanted = wanted_shapes(StepConfig(unet=base.unet, vae=base.vae))
     for name in sorted(wanted.keys() | base.shapes.keys()):
         have, want = base.shapes.get(name), wanted.get(name)
         if have != want:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..devices import TORCH_DTYPES, Precision, choose_device, choose_precision
 from ..model import GenDR
+from ..networks.blocks import Unset
 from ..networks.onestep import (
     Step,
     StepConfig,
@@ -96,10 +97,10 @@ def load(
         state = {k: v.to(dtype_of(k, precision)) for k, v in state.items()}
         network: Step
         if fold:
-            network = build(config, state, operations=operations or nn)
+            network = build(config, state, operations=operations or Unset)
             network.projections = projections
         else:
-            network = unfolded(config, state, operations=operations or nn)
+            network = unfolded(config, state, operations=operations or Unset)
     arrange(network, place)
     return GenDR(
         network,
@@ -127,7 +128,7 @@ def arrange(network: Step, device: torch.device) -> None:
             child.to(memory_format=torch.channels_last)
 
 
-def unfolded(config: StepConfig, state: dict[str, Tensor], *, operations: Any = nn) -> Unfolded:
+def unfolded(config: StepConfig, state: dict[str, Tensor], *, operations: Any = Unset) -> Unfolded:
     """An unfolded network around existing tensors, without a second copy of them."""
     parts = split(state)
     with torch.device("meta"):
