@@ -104,8 +104,8 @@ def read(path: Path, base: str | Path | None = None) -> Model:
 
 def refuse_unconverted(path: Path) -> None:
     """CheckpointError with what to do, for a public restorer that `gendr convert` takes."""
-    if name := sources.name_of(path):
-        raise CheckpointError(sources.advice(path, name))
+    if advice := sources.advice(path):
+        raise CheckpointError(advice)
 
 
 def read_ours(file: File, base: Path | None) -> Model:
@@ -118,7 +118,12 @@ def read_lora(file: File, base: Path | None) -> Model:
     header, whole = read_base(file.path, base, "a LoRA")
     check_numbers(file.tensors)
     try:
-        change = lora.read(file.tensors, lora.scaling_of(file.path, file.metadata))
+        scaling = lora.scaling_of(file.path, file.metadata)
+    except CheckpointError:
+        refuse_unconverted(file.path)
+        raise
+    try:
+        change = lora.read(file.tensors, scaling)
         merged = lora.merge(split(whole)["unet"], change)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
@@ -275,7 +280,8 @@ def read_folder(folder: Path) -> Model:
     embeds = folder / "embeds.safetensors"
     if not embeds.exists():
         raise CheckpointError(
-            f"{folder} has no embeds.safetensors (the fixed prompts): make it with train.embeddings"
+            f"{folder} has no embeds.safetensors (the fixed prompts): make it with train.embeddings, or, "
+            "to run a public restorer on this base, see gendr convert --help"
         )
     tensors |= {f"embeds.{k}": v for k, v in read_file(embeds).tensors.items()}
     ours = folder / "gendr.json"
@@ -360,16 +366,15 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
     path = Path(path) if path is not None else EMBEDDED
     with naming(path):
         if path.is_dir():
-            if name := sources.name_of(path):
-                return {"path": str(path), "kind": sources.advice(path, name)}
+            if advice := sources.advice(path):
+                return {"path": str(path), "kind": advice}
             header, tensors = read_folder(path)
             return {**header.as_dict(), "path": str(path), "tensors": len(tensors)}
         check_exists(path)
         facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
         if not is_safetensors(path):
             tensors = read_file(path).tensors
-            name = sources.name_of(path)
-            kind = sources.advice(path, name) if name else recognise(tensors)
+            kind = sources.advice(path) or recognise(tensors)
             return {**facts, "tensors": len(tensors), "kind": kind}
         metadata, tensors, dtypes = outline(path)
         facts["stored_dtypes"] = dtypes
@@ -379,5 +384,4 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
             header = checked_header(path, metadata[METADATA])
             check_tensors(header.config, tensors)
             return {**header.as_dict(), **facts}
-        name = sources.name_of(path)
-        return {**facts, "kind": sources.advice(path, name) if name else recognise(tensors)}
+        return {**facts, "kind": sources.advice(path) or recognise(tensors)}

@@ -180,7 +180,7 @@ def recognise(tensors: dict[str, Tensor]) -> str:
         return "a LoRA"
     for name, tensor in tensors.items():
         if name.endswith(("attn2.to_k.weight",)) and tensor.dim() == 2:
-            family = FAMILIES.get(tensor.shape[1], "diffusion")
+            family = FAMILIES.get(tensor.shape[1])
             first = next(
                 (
                     t
@@ -190,7 +190,7 @@ def recognise(tensors: dict[str, Tensor]) -> str:
                 None,
             )
             channels = f" with {first.shape[1]} latent channels" if first is not None else ""
-            return f"an {family} UNet{channels}"
+            return f"{f'an {family}' if family else 'a diffusion'} UNet{channels}"
     if has("double_blocks.") or has("transformer_blocks.", "context_embedder"):
         return "a diffusion transformer (Flux, SD3 or the like)"
     if has("encoder.", "decoder.", "conv_in"):
