@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Idle threads that spin would slow the test processes that run side by side.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -44,6 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: set GENDR_SLOW=1 to run it"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A training run takes over Ctrl-C and a polite kill for as long as its process lives."""
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(name) for name in names]
+    yield
+    for name, handler in zip(names, before, strict=True):
+        signal.signal(name, handler)
 
 
 def random_network(
