@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from .. import devices, pictures
+from .. import devices, loading, pictures
 from ..files import checkpoint
 from ..model import GenDR
 from ..pictures.placing import sweep
@@ -134,7 +134,7 @@ class Batch:
     @cached_property
     def model(self) -> GenDR:
         options, device = self.options, self.crew.device
-        return checkpoint.load(
+        return loading.load(
             options.model,
             device=device,
             dtype=options.dtype,
