@@ -46,6 +46,8 @@ ME = "python run.py" if WINDOWS else "python3 run.py"
 
 PACKAGES = {
     "gendr": ("torch", "einops", "safetensors", "numpy", "pillow"),
+    # Encodes the prompt.
+    "convert": ("transformers",),
     "test": (
         "pytest",
         "pytest-xdist",
@@ -77,7 +79,7 @@ def main(words: list[str]) -> int:
     try:
         if command in own:
             return own[command](rest)
-        prepare("gendr")
+        prepare("gendr", *([command] if command in PACKAGES else []))
         return gendr(command, *rest, replace=True)
     except SetupError as error:
         return fail(str(error))

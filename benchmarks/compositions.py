@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gendr.networks.blocks import Unset
 from gendr.networks.onestep import OneStep, StepConfig, folded_config
 from gendr.networks.unet import UNetConfig
 from gendr.networks.vae import VAE, VAEConfig
@@ -230,7 +231,7 @@ def on_meta(
     vae_dtype, unet_dtype = dtypes
     with torch.device("meta"):
         if letter in "CDE":
-            network = OneStep(folded_config(config, 1, tokens))
+            network = OneStep(folded_config(config, 1, tokens), operations=Unset)
             for name, child in network.named_children():
                 child.to(unet_dtype if name == "unet" else vae_dtype)
             network.compute = dtypes

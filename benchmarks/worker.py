@@ -127,10 +127,14 @@ class Model:
 
     def __init__(self, spec: dict[str, Any]):
         self.spec, self.device = spec, torch.device(spec["device"])
+        memory, started = Watch(self.device), clock(self.device)
         wanted = spec.get("speed", "graph") if spec["letter"] == "D" else "eager"
-        self.loaded = gendr.load(
-            spec["file"], device=spec["device"], dtype=spec["dtype"], speed=wanted
-        )
+        with memory:
+            self.loaded = gendr.load(
+                spec["file"], device=spec["device"], dtype=spec["dtype"], speed=wanted
+            )
+        wall, cpu = (b - a for a, b in zip(started, clock(self.device), strict=True))
+        self.took: Answer = {"wall": wall, "cpu": cpu, "peak": memory.bytes}
         if spec.get("order") == "contiguous":
             self.loaded.network.to(memory_format=torch.contiguous_format)
         if wanted == "graph" and spec.get("rerun"):
@@ -140,6 +144,10 @@ class Model:
             model.speed = Speed("graph")
         self.made = Ours(self.loaded.network, self.loaded.runner)
 
+    def loading(self) -> Answer:
+        """Seconds and peak memory of `gendr.load`."""
+        return self.took
+
     def restore(
         self,
         size: int,
@@ -148,9 +156,11 @@ class Model:
         watch: bool,
         tile: int = 0,
         limit: float | None = None,
+        warm: bool = True,
     ) -> Answer:
         """`GenDR.restore` to size x size; reference: also in float32 and one pass, to compare.
 
+        warm: a small picture first, which is no small one for a model with a least size.
         limit: GiB that weights and everything else may take; None = what is free.
         """
         image = picture(round(size / scale))
@@ -158,7 +168,8 @@ class Model:
         if limit is not None:
             weights = sum(p.numel() * p.element_size() for p in self.loaded.network.parameters())
             options["free_bytes"] = max(0, int(limit * 2**30) - weights)
-        self.loaded.restore(image[..., :16, :16], scale)
+        if warm:
+            self.loaded.restore(image[..., :16, :16], scale)
         memory = Watch(self.device)
         if watch:
             memory.__enter__()

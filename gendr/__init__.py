@@ -12,7 +12,8 @@ from importlib import import_module
 TYPE_CHECKING = False  # as `typing` has it, which takes its time to import
 if TYPE_CHECKING:
     from .fidelity import difference
-    from .files.checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, load, save
+    from .files.checkpoint import EMBEDDED, EXTENSIONS, CheckpointError, describe, save
+    from .loading import load
     from .model import GenDR
     from .pictures import Picture, PictureError
     from .plan import NotEnoughMemory, Plan
@@ -46,7 +47,7 @@ HOMES = {
     "Settings": "settings",
     "describe": "files.checkpoint",
     "difference": "fidelity",
-    "load": "files.checkpoint",
+    "load": "loading",
     "resize": "resizing",
     "save": "files.checkpoint",
 }

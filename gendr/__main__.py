@@ -1,10 +1,17 @@
-"""The command `gendr`, and `python -m gendr`."""
+"""The command `gendr`, `python -m gendr`, and `python path/to/gendr`."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+
+if not __package__:
+    # Started by the folder's path, as it must be with the Python of ComfyUI's portable version, which
+    # looks for no modules in the current folder. This folder's own modules are found through the package.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [os.path.dirname(here), *(p for p in sys.path if os.path.abspath(p) != here)]
+    __package__ = "gendr"
 
 STOPPED = 130  # what shells report for a program that Ctrl-C ended
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A little beyond [0, 1] is rounding or a filter's overshoot; beyond this the range is another one.
+OVERSHOOT = 0.5
 # A pixel with less than this share of its surroundings' alpha shows more by its colour in the edge
 # beside it than by itself; and how far, in pixels, surroundings reach: as far as the network and the
 # colour fix carry an edge.
@@ -17,6 +19,8 @@ def check_image(image: Tensor) -> None:
     if not isinstance(image, Tensor) or image.dim() != 4:
         shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"a picture must be a tensor b c h w, got {shape}: add or move dimensions")
+    if image.is_meta or image.layout is not torch.strided:
+        raise ValueError("the picture is a tensor without its numbers, or sparse: give a plain one")
     b, c, h, w = image.shape
     if b == 0:
         raise ValueError("the batch is empty: nothing came from the input before this step")
@@ -37,6 +41,17 @@ def check_image(image: Tensor) -> None:
             f"the picture has {bad} values that are NaN or infinite: mend the step before it, or "
             "pass image.nan_to_num()"
         )
+
+
+def out_of_range(image: Tensor) -> list[str]:
+    """What to tell about a picture whose values have another range than [0, 1], and are clipped."""
+    low, high = (float(value) for value in torch.aminmax(image.float()))
+    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        return []
+    return [
+        f"values from {low:.4g} to {high:.4g} were clipped to 0 to 1: divide 8-bit values by 255, and "
+        "bring -1 to 1 to 0 to 1"
+    ]
 
 
 def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import pictures
+from . import loading, pictures
 from .commands import compare, convert, doctor, jobs, trouble, upscale, video, words
 from .files import checkpoint
 from .settings import Settings
@@ -27,7 +27,7 @@ def main(typed: Sequence[str] | None = None) -> int:
     ensure_streams()
     for stream in (sys.stdout, sys.stderr):
         # File names need not fit the terminal's encoding.
-        with contextlib.suppress(AttributeError, ValueError):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(typed)
     try:
@@ -153,7 +153,7 @@ def run_fold(args: argparse.Namespace, typed: list[str]) -> int:
         args.parser.error(f"--output {output} must end in .safetensors")
     if output.exists() and not args.overwrite:
         args.parser.error(f"{output} exists; --overwrite replaces it")
-    model = checkpoint.load(args.checkpoint, base=args.base, device="cpu", dtype="fp32")
+    model = loading.load(args.checkpoint, base=args.base, device="cpu", dtype="fp32")
     dtype = args.dtype or model.header.dtype
     output.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(output, model.network, model.header, dtype=dtype)

@@ -203,14 +203,20 @@ def free_bytes(device: torch.device) -> int:
 
 def _free_host_bytes() -> int:
     if sys.platform.startswith("linux"):
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-        return min(free, _free_in_container())
+        return min(_free_in_system(), _free_in_container())
     if sys.platform == "win32":
         return _free_windows_bytes()
     # macOS keeps little memory strictly free; half of the whole is what its own tools go by.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_in_system() -> int:
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            fields = dict(line.split(b":", 1) for line in file)
+        return int(fields[b"MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # a sandbox without /proc, or another kernel's
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _free_in_container() -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import devices, plan, region
-from .alpha import check_image
+from .alpha import check_image, out_of_range
 from .devices import Precision
 from .files.header import Header
 from .networks.onestep import Prompt, Step
@@ -139,6 +140,7 @@ class GenDR:
         place = self.device if device is None else torch.device(device)
 
         events = [self.speed.reason] if self.speed.reason else []
+        events += out_of_range(image)
         words = None
         if prompt is not None:
             words = self.prompt(prompt, place)
@@ -245,6 +247,11 @@ class GenDR:
         device: torch.device | str | None,
     ) -> plan.Case:
         """What a plan goes by."""
+        if not all(isinstance(side, Integral) and side >= 1 for side in (height, width, batch)):
+            raise ValueError(
+                f"a picture's height and width and how many there are must be whole numbers from 1 up, "
+                f"got {height!r}, {width!r} and {batch!r}"
+            )
         place = self.device if device is None else torch.device(device)
         guidance = self.guidance(settings)
         return plan.Case(
@@ -269,6 +276,8 @@ class GenDR:
     def prompt(self, embedding: Tensor, device: torch.device) -> Prompt:
         """A prompt's embedding 1 n d in the form that the network takes. ValueError for a wrong one."""
         width = self.network.config.unet.cross_attention_dim
+        if not isinstance(embedding, Tensor):
+            raise ValueError(f"a prompt must be a tensor 1 n d, got {type(embedding).__name__}")
         if embedding.dim() != 3 or embedding.shape[0] != 1 or embedding.shape[-1] != width:
             raise ValueError(
                 f"the prompt is {tuple(embedding.shape)}, {self.name} reads (1, n, {width}): encode it "

@@ -88,6 +88,8 @@ def _widest(mask: Tensor, reach: int) -> Tensor:
 
 def _checked(mask: Tensor, pixels: Tensor) -> Tensor:
     """The mask as b 1 h w float32 on the picture's device. Raises ValueError if it doesn't fit."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"A mask must be a tensor h w or b h w, got {type(mask).__name__}.")
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim == 4 and mask.shape[1] == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from numbers import Real
 from typing import Any, NamedTuple
 
 # auto takes the one that the model's file names, or else the usual one.
@@ -97,18 +98,15 @@ class Settings:
                 object.__setattr__(self, name, value)
         for name, bound in BOUNDS.items():
             value = getattr(self, name)
-            if value is None or (name == "fidelity" and value == AUTO):
+            optional = getattr(type(self), name) is None
+            if (value is None and optional) or (name == "fidelity" and value == AUTO):
                 continue
-            whole = isinstance(bound.step, int)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                kind = f"a number or {AUTO!r}" if name == "fidelity" else "a number"
-                raise ValueError(f"{name} must be {kind}, got {value!r}")
-            if whole and value != int(value):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if not math.isfinite(value) or not bound.minimum <= value <= bound.maximum:
-                raise ValueError(
-                    f"{name} must be between {bound.minimum:g} and {bound.maximum:g}, got {value:g}"
-                )
+            object.__setattr__(self, name, _number(name, value, bound))
+        for name in ("seamless", "steady"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, int)) and type(value).__name__ not in ("bool_", "bool"):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+            object.__setattr__(self, name, bool(value))
         if self.color_fix not in COLOR_FIXES:
             raise ValueError(
                 f"color_fix must be one of {', '.join(COLOR_FIXES)}, got {self.color_fix!r}"
@@ -163,6 +161,23 @@ class Settings:
         return ", ".join(
             f"{name.replace('_', ' ')} {_told(getattr(self, name))}" for name in (*usual, *made)
         )
+
+
+def _number(name: str, value: object, bound: Bound) -> float:
+    """A number within its bounds, whole where its steps are; of numpy too. ValueError for another."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        kind = f"a number or {AUTO!r}" if name == "fidelity" else "a number"
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
+    if not bound.minimum <= value <= bound.maximum:
+        shown = f"{value:g}" if isinstance(value, float) else str(value)[:24]
+        raise ValueError(
+            f"{name} must be between {bound.minimum:g} and {bound.maximum:g}, got {shown}"
+        )
+    if isinstance(bound.step, int) and value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if isinstance(value, (int, float)):
+        return value
+    return int(value) if isinstance(bound.step, int) else float(value)
 
 
 def for_model(settings: Settings, color_fix: str | None) -> Settings:

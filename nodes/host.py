@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..gendr import GenDR, devices
+from ..gendr import GenDR, devices, loading
 from ..gendr.files import checkpoint
 from ..gendr.settings import DTYPES
 
@@ -107,10 +107,10 @@ def file_stamp(name: str) -> str:
 def load(path: str, dtype: str) -> Model:
     """Read a model file and hand its network to the host's memory management."""
     if not HOSTED:
-        return Model(checkpoint.load(path, device="cpu", dtype=dtype))
+        return Model(loading.load(path, device="cpu", dtype=dtype))
     device = management.get_torch_device()
     # Weights stay where ComfyUI keeps what is not in use; layers cast them to what they work on.
-    gendr = checkpoint.load(
+    gendr = loading.load(
         path,
         device="cpu",
         runs_on=device,

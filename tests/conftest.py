@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Idle threads that spin would slow the test processes that run side by side.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import gendr
 from gendr.files import checkpoint
 from gendr.files.header import Header
 from gendr.model import GenDR
@@ -43,6 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: set GENDR_SLOW=1 to run it"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A training run takes over Ctrl-C and a polite kill for as long as its process lives."""
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(name) for name in names]
+    yield
+    for name, handler in zip(names, before, strict=True):
+        signal.signal(name, handler)
 
 
 def random_network(
@@ -84,10 +96,10 @@ def plain_checkpoint(tmp_path_factory):
 @pytest.fixture
 def tiny(tiny_checkpoint) -> GenDR:
     """A tiny random model, loaded in float32 on the CPU."""
-    return checkpoint.load(tiny_checkpoint, device="cpu", dtype="fp32")
+    return gendr.load(tiny_checkpoint, device="cpu", dtype="fp32")
 
 
 @pytest.fixture
 def plain(plain_checkpoint) -> GenDR:
     """A tiny random model like GenDR-Tiny, loaded in float32 on the CPU."""
-    return checkpoint.load(plain_checkpoint, device="cpu", dtype="fp32")
+    return gendr.load(plain_checkpoint, device="cpu", dtype="fp32")

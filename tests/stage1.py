@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import conftest
+import numpy as np
 import torch
+from conftest import header, random_network
 from transformers import Dinov2Config, Dinov2Model
 
+from gendr.files import checkpoint
 from gendr.networks.unet import UNet
 from gendr.networks.vae import VAE
 from train.data.stream import Batch
@@ -79,3 +83,46 @@ def gradients(denoiser, objective, batches, *, refine=False):
     samples = [objective.sample(b, refine=refine) for b in batches]
     values = objective.gradients(denoiser, samples, len(samples))
     return values, [p.grad.clone() for p in denoiser.parameters() if p.grad is not None]
+
+
+def save_pairs(folder):
+    """Eight crops of 48 px with reduced copies, as `train.pairs` writes them."""
+    rng = np.random.default_rng(0)
+    rough = torch.from_numpy(rng.random((8, 3, 8, 8)).astype(np.float32))
+    hr = torch.nn.functional.interpolate(rough, size=(48, 48), mode="bicubic").clamp(0, 1)
+    for part, picture in (("hr", hr), ("lr", torch.nn.functional.avg_pool2d(hr, 4))):
+        array = (picture * 255).byte().permute(0, 2, 3, 1).numpy()
+        np.save(folder / f"pairs-00000.{part}.npy", array)
+    return folder
+
+
+def save_latent(folder):
+    """A GenDR checkpoint whose UNet and autoencoder a run begins from."""
+    network = random_network(VAE_, UNET)
+    checkpoint.save(folder / "latent.safetensors", network, header(network), dtype="fp32")
+    return folder / "latent.safetensors"
+
+
+def words(latent, data, out, **more):
+    options = {
+        "base": latent, "vae": latent, "prompts": "random", "data": data, "phases": "full",
+        "sizes": 32, "steps": 3, "micro_batch": 2, "batch": 4, "lr": 1e-3, "warmup": 2,
+        "lambda_repa": 0.0, "ema": 0.9, "precision": "fp32", "workers": 0, "samples": 2,
+        "validate_every": 100, "save_every": 1, "log_every": 1, "codecs": "present", **more,
+    }  # fmt: skip
+    found = ["--out", str(out), "--device", "cpu", "--no-recompute"]
+    for name, value in options.items():
+        found += [f"--{name.replace('_', '-')}", str(value)]
+    return found
+
+
+def log(folder):
+    return [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def states(folder):
+    found = torch.load(folder / "state.pt", weights_only=True)
+    moments = found["optimizer"]["state"]
+    flat = {f"{n}.{k}": v for n, s in moments.items() for k, v in s.items()}
+    shadow = {f"ema.{n}": v for n, v in enumerate(found["average"]["shadow_params"])}
+    return found["network"] | flat | shadow | {"step": torch.tensor(found["step"])}

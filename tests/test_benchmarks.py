@@ -11,9 +11,10 @@ import torch
 from conftest import UNET, VAE_, header, random_network
 from torch import nn
 
-from benchmarks import compositions, gpu, macs, memory, pipeline, worker
+from benchmarks import compositions, conversion, gpu, macs, memory, pipeline, worker
 from benchmarks.weights import full_config
-from gendr.files import checkpoint
+from gendr.files import base as bases
+from gendr.files import checkpoint, sources
 from gendr.networks.onestep import StepConfig
 
 FLOAT = (torch.float32, torch.float32)
@@ -120,6 +121,8 @@ def test_a_rehearsal_of_the_card_s_run(monkeypatch, tmp_path, capsys):
     # A compiler takes a minute for what this test says nothing about.
     monkeypatch.setattr(gpu, "EXTRAS", gpu.EXTRAS[1:])
     monkeypatch.setattr(gpu, "DRY_RESTORED", [(64, 0, None), (128, 64, 0.5)])
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "SIZES", (64,))
     words = ["--dry-run", "--sizes", "64", "--out", str(tmp_path)]
     assert gpu.main(words) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
@@ -141,6 +144,8 @@ def test_a_rehearsal_of_the_card_s_run(monkeypatch, tmp_path, capsys):
 
 def test_a_failing_gpu_test_ends_the_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu.Run, "tests", lambda self: 1)
+    monkeypatch.setattr(gpu.Run, "start", lambda self, model: pytest.fail("went on"))
+    monkeypatch.setattr(gpu, "SIZES", (64,))
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 1
     assert "nothing was measured" in capsys.readouterr().out
     assert "stages" not in json.loads((tmp_path / "gpu.json").read_text())
@@ -168,6 +173,25 @@ def test_an_error_in_a_worker_has_its_reason(tmp_path):
     spec |= {"device": "cpu", "dtype": "fp32"}
     (answer,) = worker.serve(spec, [json.dumps({"do": "load"})])
     assert "no model file" in answer["error"]
+
+
+def test_a_worker_tells_what_loading_took():
+    spec = {"kind": "model", "letter": "C", "file": str(checkpoint.EMBEDDED)}
+    spec |= {"device": "cpu", "dtype": "fp32"}
+    (answer,) = worker.serve(spec, [json.dumps({"do": "loading"})])
+    assert min(answer["wall"], answer["cpu"], answer["peak"]) > 0
+
+
+def test_the_files_of_a_conversion_are_those_that_are_published(tmp_path):
+    few = {"block_out_channels": (16, 32, 48, 48), "norm_num_groups": 16}
+    full = conversion.SD21_BASE
+    config = StepConfig(unet=replace(full.unet, head_dim=16, **few), vae=replace(full.vae, **few))
+    base = bases.read(conversion.write_base(tmp_path / "base", config))
+    assert (base.unet, base.vae) == (config.unet, config.vae)
+    shapes = conversion.unet_shapes(config)
+    source = sources.read(conversion.write_pisa(tmp_path / "one.pkl", shapes))
+    assert source.restorer is sources.PISA
+    source.unet.check(shapes)
 
 
 def test_macs_of_known_layers():

@@ -259,7 +259,11 @@ def sd15() -> dict[str, torch.Tensor]:
     ("write", "words"),
     [
         (lambda p: p.write_bytes(b""), "empty"),
-        (lambda p: p.write_bytes(b"<html>not found</html>" * 9), "not a whole safetensors"),
+        (
+            lambda p: p.write_bytes(b"<html>not found</html>" * 9),
+            "is a web page: the download went wrong",
+        ),
+        (lambda p: p.write_bytes(b"something else" * 9), "not a whole safetensors"),
         (lambda p: save_file(sd15(), p), "SD1.5 UNet with 4 latent channels; GenDR needs"),
         (
             lambda p: save_file(

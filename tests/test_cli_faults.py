@@ -735,3 +735,51 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, tiny_checkpoint, cap
 def test_a_device_without_numbers_is_refused():
     with pytest.raises(ValueError, match="device 'meta' can't be used here: choose auto or cpu"):
         devices.choose_device("meta")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_words_that_find_no_room_stop_no_work(tmp_path, tiny_checkpoint, monkeypatch, name):
+    pictures = [tmp_path / "missing.png", *(picture(tmp_path / f"{n}.png", n) for n in (1, 2))]
+    words = ["upscale", *map(str, pictures), "-o", str(tmp_path / "out"), "--scale", "1"]
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, name, full)
+        words += ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32"]
+        assert cli.main(words) == 1
+    assert visible(tmp_path / "out") == {"1_x1.png", "2_x1.png"}
+
+
+def test_a_switch_that_is_off_is_no_part_of_a_key():
+    settings = upscale.Settings(scale=2, seamless=False)
+    assert upscale.asked(settings)["scale"] == 2
+    assert not {"seamless", "steady", "long_side"} & upscale.asked(settings).keys()
+    assert upscale.asked(upscale.Settings(seamless=True))["seamless"] is True
+
+
+def test_free_memory_is_known_without_proc(monkeypatch):
+    def closed(*_, **__):
+        raise FileNotFoundError("/proc/meminfo")
+
+    monkeypatch.setattr("builtins.open", closed)
+    assert devices._free_in_system() > 2**20
+
+
+def test_what_a_format_cannot_hold_is_told_by_the_plan(gendr, tmp_path):
+    source = tmp_path / "long.png"
+    Image.new("L", (9000, 2)).save(source)
+    code, out, err = gendr("upscale", source, "--scale", "8", "--plan", "--format", "jpg")
+    assert (code, out) == (1, "")
+    assert "JPEG ends at 65500 pixels a side, the result has 72000x16: choose --format png" in err
+    code, _, err = gendr("upscale", source, "--plan", "--max-pixels", "100")
+    assert code == 1
+    assert "more than the limit of 0.0001; reduce it first, or raise --max-pixels" in err
+
+
+@pytest.mark.parametrize(("ending", "bits"), [("tif", 16), ("bmp", 8)])
+def test_four_gigabytes_are_told_before_the_work(ending, bits):
+    # Pixels that take no memory.
+    pixels = torch.ones(1).expand(1, 3, 6000, 8000)
+    held = jobs.pictures.Picture(pixels, bits=bits)
+    with pytest.raises(ValueError, match="ends at 4 GB, which the result exceeds"):
+        jobs.expect_room(Path(f"a.{ending}"), held, upscale.Settings(scale=6))
+    jobs.expect_room(Path("a.png"), held, upscale.Settings(scale=6))

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from two import run_two
 
 from train.atomic import NotWritten, program, replacing, writing
 from train.run import Average, Run, TrainingError, rate
@@ -151,30 +150,6 @@ def test_no_step_is_taken_at_a_rate_of_zero(kind):
     assert rates[4] == 2.0
     assert (rates[-1] == 2.0) == (kind == "constant_with_warmup")
     assert rate(1.0, 0, kind=kind, warmup=0, steps=5) == 1.0
-
-
-ALONE = """
-import sys
-sys.path[:0] = ["."]
-from train.processes import Processes, TrainingError
-p = Processes("cpu")
-assert p.alone(lambda: 7) == (7 if p.first else None)
-def fail():
-    raise OSError("the disk is full")
-try:
-    p.alone(fail)
-except OSError as error:
-    assert p.first
-except TrainingError as error:
-    assert not p.first and "the disk is full" in str(error)
-else:
-    sys.exit("went on")
-assert p.any(p.first) and not p.any(False)
-"""
-
-
-def test_what_stops_the_first_process_stops_all():
-    run_two(ALONE, [])
 
 
 @pytest.fixture

@@ -15,7 +15,10 @@ FORBIDDEN = {
         *("gendr.files", "gendr.speed", "gendr.pictures", "gendr.commands", "gendr.model"),
         *("gendr.plan", "gendr.tiles", "gendr.settings"),
     ),
-    "gendr/files": ("gendr.speed", "gendr.pictures", "gendr.commands"),
+    "gendr/files": (
+        *("gendr.speed", "gendr.pictures", "gendr.commands", "gendr.model", "gendr.restoration"),
+        *("gendr.plan", "gendr.loading"),
+    ),
     "gendr/speed": ("gendr.files", "gendr.pictures", "gendr.commands", "gendr.model"),
     "gendr/pictures": ("gendr.networks", "gendr.files", "gendr.speed", "gendr.commands"),
     "nodes": ("train", "tests", "benchmarks", "diffusers", "transformers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gendr
 from gendr.files import checkpoint
 from train import merge
 
@@ -31,7 +32,7 @@ def test_a_difference_is_added(moved, tmp_path):
     for name, value in state.items():
         # 0.25 - 1: the result is kept in half precision.
         torch.testing.assert_close(value.float(), first[name] - 0.75, atol=2e-3, rtol=1e-3)
-    model = checkpoint.load(out, device="cpu", dtype="fp32")
+    model = gendr.load(out, device="cpu", dtype="fp32")
     assert model.header.sha256
 
 

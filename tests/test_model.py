@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import ROUND_HALF_UP, Decimal
 
+import numpy as np
 import pytest
 import torch
 
@@ -196,6 +197,8 @@ def test_out_of_range_values_are_clamped(tiny):
         (torch.rand(1, 8, 8, 3), "b c h w, not b h w c"),
         (torch.full((1, 3, 8, 8), float("nan")), "192 values that are NaN"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "divide 8-bit values by 255"),
+        (torch.rand(1, 3, 8, 8, device="meta"), "without its numbers"),
+        (torch.rand(1, 3, 8, 8).to_sparse(), "sparse"),
     ],
 )
 def test_bad_input_is_named(tiny, image, words):
@@ -216,11 +219,52 @@ def test_bad_input_is_named(tiny, image, words):
         {"tile": 64.5},
         {"long_side": 100, "megapixels": 1.0},
         {"scale": "4"},
+        {"scale": 10**400},
+        {"scale": None},
+        {"detail": None},
+        {"fidelity": None},
+        {"tile": float("nan")},
+        {"tile": 10**400},
+        {"seamless": "no"},
+        {"seamless": None},
+        {"steady": 0.5},
     ],
 )
 def test_bad_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Settings(**settings)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = Settings(scale=np.float32(1.5), tile=np.int64(64), seamless=np.bool_(True))
+    assert given == Settings(scale=1.5, tile=64, seamless=True)
+    assert {type(v) for v in (given.scale, given.tile, given.seamless)} == {float, int, bool}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-1, 1)])
+def test_another_range_of_values_is_told(tiny, low, high):
+    x = picture(8, 8)
+    assert tiny.restore_with_report(x * 1.2 - 0.1, 1)[1].events == []
+    told = tiny.restore_with_report(low + (high - low) * x, 1)[1].events[0]
+    assert "were clipped to 0 to 1: divide 8-bit values by 255" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mask": [1]}, "A mask must be a tensor h w or b h w, got list"),
+        ({"prompt": [1]}, "a prompt must be a tensor 1 n d, got list"),
+    ],
+)
+def test_what_is_no_tensor_is_named(tiny, options, words):
+    with pytest.raises(ValueError, match=words):
+        tiny.restore(picture(8, 8), 1, **options)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (-1, 5), (5, 5.5), ("5", 5)])
+def test_no_plan_is_made_for_what_is_no_size(tiny, size):
+    with pytest.raises(ValueError, match="must be whole numbers from 1 up"):
+        tiny.plan(*size)
 
 
 def test_too_large_a_target_is_refused(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -72,9 +73,9 @@ def test_same_pixels_as_the_command_line(model, tiny_checkpoint, tmp_path):
     Image.fromarray((image[0] * 255).round().byte().numpy()).save(source)
     command = ["upscale", source, "-o", target, "--model", tiny_checkpoint, "--scale", "2"]
     command += ["--device", "cpu", "--dtype", "fp32", "--quiet"]
-    subprocess.run(
-        [sys.executable, "-m", "gendr", *map(str, command)], cwd=pack.ROOT, check=True, timeout=120
-    )
+    # By the folder's path and isolated, as the Python of ComfyUI's portable version has to start it.
+    start = [sys.executable, "-I", os.fspath(pack.ROOT / "gendr")]
+    subprocess.run([*start, *map(str, command)], cwd=tmp_path, check=True, timeout=120)
     read = torch.from_numpy(np.asarray(Image.open(source)).copy())[None] / 255
     result, _ = upscale(model, read)
     expected = torch.from_numpy(np.asarray(Image.open(target)).copy())

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from gendr.pictures import CutShortError, Picture, PictureError, measure, placing, png, read, write
 from gendr.pictures.values import floating
@@ -609,12 +610,43 @@ def test_a_jpeg_that_ends_early_is_cut_short_even_with_an_end_marker(tmp_path, o
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_no_end_of_a_jpeg_is_lost_without_a_word(tmp_path, options):
+    data = jpeg_of(**options)
+    expected = read(stored(tmp_path, data, "whole.jpg"))
+    assert expected.notes == ()
+    for lost in (1, 2, 3, 5, 8, 12, 20, 40):
+        path = stored(tmp_path, data[: -2 - lost] + data[-2:], "a.jpg")
+        try:
+            picture = read(path)
+        except CutShortError:
+            continue
+        early = "its data ends early: the last pixels, at the lower right, may be made up"
+        assert picture.pixels.equal(expected.pixels) or picture.notes == (early,)
+
+
+def test_scans_that_are_missing_are_told(tmp_path):
+    data = jpeg_of(progressive=True)
+    tables = data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda"))
+    picture = read(stored(tmp_path, data[:tables] + b"\xff\xd9", "ended.jpg"))
+    assert picture.notes == (
+        "the finer of its progressive scans are missing; it may have been saved so",
+    )
+    with pytest.raises(CutShortError, match="the finer of its progressive scans are missing"):
+        read(stored(tmp_path, data[:tables], "cut.jpg"))
+    colour = next(m.start() for m in re.finditer(b"\xff\xda\x00\x08", data))
+    with pytest.raises(CutShortError):
+        read(stored(tmp_path, data[:colour], "grey.jpg"))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_a_flat_corner_is_no_damage(tmp_path, mode, options):
     image = Image.new("RGB", (64, 48), (128, 128, 128))
     image.paste(Image.fromarray(scene(32, 24)), (0, 0))
     path = stored(tmp_path, encoded(image.convert(mode), "JPEG", **options), "a.jpg")
-    assert read(path).pixels.shape[-2:] == (48, 64)
+    picture = read(path)
+    assert picture.pixels.shape[-2:] == (48, 64)
+    assert not any("missing" in note or "early" in note for note in picture.notes)
 
 
 def test_a_bomb_of_a_jpeg_takes_no_memory(tmp_path):
@@ -765,3 +797,34 @@ def test_only_what_the_dead_left_is_swept(tmp_path):
     os.utime(old, (1, 1))
     assert placing.sweep(tmp_path) == 2
     assert {p.name for p in tmp_path.iterdir()} == {name for name, kept in names.items() if kept}
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        (b"\xff\x0a", "is a JPEG XL picture, which is not read here; export it as PNG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "is a JPEG XL picture"),
+        (b"\x76\x2f\x31\x01\2\0\0\0", "is an OpenEXR picture"),
+        (b"#?RADIANCE\n", "is a Radiance HDR picture"),
+        (b"gimp xcf v011", "is a GIMP picture"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI\x50\0\x20\2\0\0\0\0", "is a PNG for iOS apps"),
+    ],
+)
+def test_kinds_that_are_not_read_are_named(tmp_path, start, told):
+    with pytest.raises(PictureError, match=told):
+        read(stored(tmp_path, start + bytes(100), "a.png"))
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_channel_of_unknown_use_is_left_out_with_a_note(tmp_path, depth):
+    values = np.dstack([scene(12, 9), np.full((9, 12), 7, np.uint8)])
+    values = values if depth == 8 else values.astype(np.uint16) * 257
+    tags = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+    for tag, value in {256: 12, 257: 9, 258: (depth,) * 4, 259: 1, 262: 2, 277: 4}.items():
+        tags[tag] = value
+    tags[273], tags[278], tags[279], tags[284], tags[338] = 0, 9, values.nbytes, 1, 0
+    file = io.BytesIO()
+    tags.save(file)
+    picture = read(stored(tmp_path, file.getvalue() + values.tobytes(), "a.tif"))
+    assert picture.pixels.shape[1] == 3
+    assert picture.notes == ("1 further channel of the file left out",)

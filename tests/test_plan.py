@@ -141,9 +141,17 @@ def test_a_tile_asked_for_is_left_alone():
     assert max(made.tile) <= 64
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-@pytest.mark.parametrize("color_fix", ["wavelet", "lab"])
-@pytest.mark.parametrize("fidelity", [0.0, 0.5, "auto"])
+@pytest.mark.parametrize(
+    ("channels", "color_fix", "fidelity"),
+    [
+        (3, "wavelet", 0.0),
+        (4, "lab", 0.0),
+        (4, "wavelet", 0.5),
+        (3, "lab", 0.5),
+        (3, "wavelet", "auto"),
+        (4, "lab", "auto"),
+    ],
+)
 def test_whole_pictures_stay_within_their_estimate(tiny, channels, color_fix, fidelity):
     """The network is left out, so that whole pictures are all that lives."""
     network = tiny.network

@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.memory import FusedAttention, LiveBytes
 from gendr import plan
+from gendr.networks.blocks import Unset
 from gendr.networks.onestep import OneStep, StepConfig, fold, folded_config
 from gendr.networks.strips import Strips
 from gendr.networks.unet import SD21, TINY_UNET
@@ -29,7 +30,8 @@ CONFIGS = {
 @functools.cache
 def on_meta(name: str, dtype: torch.dtype) -> OneStep:
     with torch.device("meta"):
-        network = OneStep(folded_config(CONFIGS[name], 1, CONFIGS[name].unet.tokens)).to(dtype)
+        config = folded_config(CONFIGS[name], 1, CONFIGS[name].unet.tokens)
+        network = OneStep(config, operations=Unset).to(dtype)
     network.compute = (dtype, dtype)
     return network.requires_grad_(False).eval()
 

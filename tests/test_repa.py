@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import header, random_network
 from PIL import Image
-from stage1 import DINO, UNET, VAE_, gradients, pictures, small
+from stage1 import DINO, UNET, log, save_latent, save_pairs, states, words
 from test_embeddings import save_encoder
 from test_pretrained import tiny_unet, tiny_vae
 from transformers import Dinov2Model
-from two import run_two
 
 import gendr
 from gendr import schedule
@@ -40,24 +38,12 @@ def short_previews(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Eight crops of 32 px with reduced copies, as `train.pairs` writes them."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    rough = torch.from_numpy(rng.random((8, 3, 8, 8)).astype(np.float32))
-    hr = torch.nn.functional.interpolate(rough, size=(48, 48), mode="bicubic").clamp(0, 1)
-    for part, picture in (("hr", hr), ("lr", torch.nn.functional.avg_pool2d(hr, 4))):
-        array = (picture * 255).byte().permute(0, 2, 3, 1).numpy()
-        np.save(folder / f"pairs-00000.{part}.npy", array)
-    return folder
+    return save_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
-    """A GenDR checkpoint whose UNet and autoencoder a run begins from."""
-    path = tmp_path_factory.mktemp("models") / "latent.safetensors"
-    network = random_network(VAE_, UNET)
-    checkpoint.save(path, network, header(network), dtype="fp32")
-    return path
+    return save_latent(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +54,9 @@ def dino(tmp_path_factory):
     return folder
 
 
-def words(latent, data, out, **more):
-    options = {
-        "base": latent, "vae": latent, "prompts": "random", "data": data, "phases": "full",
-        "sizes": 32, "steps": 3, "micro_batch": 2, "batch": 4, "lr": 1e-3, "warmup": 2,
-        "lambda_repa": 0.0, "ema": 0.9, "precision": "fp32", "workers": 0, "samples": 2,
-        "validate_every": 100, "save_every": 1, "log_every": 1, "codecs": "present", **more,
-    }  # fmt: skip
-    found = ["--out", str(out), "--device", "cpu", "--no-recompute"]
-    for name, value in options.items():
-        found += [f"--{name.replace('_', '-')}", str(value)]
-    return found
-
-
 def run(latent, data, out, **more):
     assert repa.main(words(latent, data, out, **more)) == 0
     return out
-
-
-def log(folder):
-    return [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def states(folder):
-    found = torch.load(folder / "state.pt", weights_only=True)
-    moments = found["optimizer"]["state"]
-    flat = {f"{n}.{k}": v for n, s in moments.items() for k, v in s.items()}
-    shadow = {f"ema.{n}": v for n, v in enumerate(found["average"]["shadow_params"])}
-    return found["network"] | flat | shadow | {"step": torch.tensor(found["step"])}
 
 
 def test_a_run_with_everything(latent, pairs, dino, tmp_path, capsys):
@@ -358,45 +319,6 @@ def test_bad_pictures_are_named_and_passed_over(latent, tmp_path):
     with pytest.warns(UserWarning, match=r"skipped cut\.png: cannot be decoded"):
         run(latent, data, tmp_path / "run", phases="full,refine", steps="2,1", batch=8)
     assert int(states(tmp_path / "run")["step"]) == 3
-
-
-WORKER = """
-import sys, torch
-sys.path[:0] = ["tests", "."]
-import stage1 as t
-from train import repa
-from train.processes import Processes
-p = Processes("cpu")
-torch.set_num_threads(1)
-denoiser, objective = t.small()
-mine = t.cut(t.pictures(4, damaged=True), 1)[p.index :: p.count]
-_, found = t.gradients(denoiser, objective, mine)
-p.average(denoiser.parameters())
-if p.first:
-    torch.save([x.grad for x in denoiser.parameters()], sys.argv[1])
-sys.exit(repa.main(sys.argv[2:]))
-"""
-
-
-def test_29_two_processes_equal_one(latent, pairs, tmp_path):
-    more = {"phases": "full,refine", "steps": "1,1"}
-    run(latent, pairs, tmp_path / "one", **more)
-    options = words(latent, pairs, tmp_path / "two", **more)
-    run_two(WORKER, [tmp_path / "gradients.pt", *options])
-    denoiser, objective = small()
-    gradients(denoiser, objective, [pictures(4, damaged=True)])
-    for found, p in zip(torch.load(tmp_path / "gradients.pt"), denoiser.parameters(), strict=True):
-        assert float((found - p.grad).abs().max()) <= 1e-10 * float(p.grad.abs().max() + 1e-3)
-    # And the script: the same log, the same weights but for what Adam makes of rounding.
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        for name in {"loss", "diffusion", "gradient", "val_noise"} & set(a):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    one, two = states(tmp_path / "one"), states(tmp_path / "two")
-    flat = [
-        torch.cat([v.flatten().double() for k, v in s.items() if k.startswith("network.")])
-        for s in (one, two)
-    ]
-    assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 1e-5
 
 
 def test_processes_that_cannot_talk_are_refused(monkeypatch):

@@ -179,6 +179,17 @@ def test_test_runs_everything_and_passes_the_code_on(run, monkeypatch):
     assert ran == ["ruff check", "ruff format", ("pytest", "1")]
 
 
+@pytest.mark.parametrize(
+    ("command", "groups"), [("info", ["gendr"]), ("convert", ["gendr", "convert"])]
+)
+def test_a_command_gets_the_packages_that_it_needs(run, monkeypatch, command, groups):
+    prepared = []
+    monkeypatch.setattr(run, "prepare", lambda *names: prepared.extend(names))
+    monkeypatch.setattr(run, "gendr", lambda *words, replace: 0)
+    assert run.main([command]) == 0
+    assert prepared == groups
+
+
 def test_demo_replaces_only_its_own_files(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "sample.png").write_bytes(b"png")
@@ -228,7 +239,7 @@ def test_every_package_is_pinned_once_for_each_python(run):
         if found:
             pins.setdefault(found[1], []).append(found[2] or "")
     assert all(sorted(marks) in ([""], ["<", ">="]) for marks in pins.values())
-    assert set(run.PACKAGES["gendr"]) | set(run.PACKAGES["test"]) <= set(pins)
+    assert {name for group in run.PACKAGES.values() for name in group} <= set(pins)
 
 
 def test_no_requirements_txt():

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gendr.networks.blocks import Unset
 from gendr.networks.unet import UNet
 from train import cida, memory, recipe, repa
 from train.atomic import program
@@ -214,7 +215,7 @@ def check_disk(table: Table, settings: Settings, out: Path) -> None:
     else:
         config = unet_config(settings)
     with torch.device("meta"):
-        parameters = memory.parameters(UNet(config))
+        parameters = memory.parameters(UNet(config, operations=Unset))
     # Adapters, heads and projectors are a tenth of it, or less.
     state = parameters * 4 * (4 if settings.ema else 3)
     copies = 0

@@ -50,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     output = args.output
     if output.suffix.lower() not in (".safetensors", ".sft"):
         args.parser.error(f"--output {output} must end in .safetensors")
+    for read in (args.source, args.base):
+        if output.resolve() == read.resolve():
+            args.parser.error(f"--output {output} is what is read: choose another name")
     if output.exists() and not args.overwrite:
         args.parser.error(f"{output} exists; --overwrite replaces it")
     if not output.parent.is_dir():

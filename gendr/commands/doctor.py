@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import devices
+from .. import devices, loading
 from ..files import checkpoint
 from ..model import GenDR
 from ..settings import SPEEDS
@@ -132,13 +132,13 @@ def model_checks(
     file = Path(path or checkpoint.EMBEDDED)
     try:
         # With fold=True a model is checked in the form in which it works.
-        model = checkpoint.load(path, base=base, device=device, dtype=dtype, speed=speed)
+        model = loading.load(path, base=base, device=device, dtype=dtype, speed=speed)
         told = f"{file}, a folder"
         if file.is_file():
             size = file.stat().st_size / 1e6
             told = f"{file}, {size:.1f} MB, SHA-256 {file_digest(file)}"
         checks = [Check("file", told, True)]
-        reference = checkpoint.load(path, base=base, device="cpu", dtype="fp32")
+        reference = loading.load(path, base=base, device="cpu", dtype="fp32")
     except (ValueError, OSError) as error:
         return [Check("model", str(error), False)]
     checks.append(Check("model", repr(model)))
@@ -196,7 +196,7 @@ def golden(model: GenDR) -> list[float] | None:
 
 def store_golden() -> Path:
     """After new weights were put in: `python -m gendr.commands.doctor`."""
-    model = checkpoint.load(device="cpu", dtype="fp32")
+    model = loading.load(device="cpu", dtype="fp32")
     values = [round(value, 5) for value in fingerprint(model)]
     record = {"sha256": model.header.sha256, "values": values}
     golden_path().write_text(json.dumps(record) + "\n", encoding="utf-8")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
 
 from .. import pictures
 from ..settings import Settings
@@ -210,19 +209,33 @@ def ending(job: Job, form: str | None) -> str:
     return FORMATS.get(form or "png", ".png")
 
 
-def expect_room(target: Path, pixels: Tensor, settings: Settings) -> None:
+def expect_sides(target: Path, height: int, width: int, settings: Settings) -> None:
+    """ValueError where a picture of this size gives a larger result than its format can hold."""
+    height, width = settings.target_size(height, width)
+    name, known = format_of(target)
+    if max(height, width) > known.side:
+        raise ValueError(
+            f"{name} ends at {known.side} pixels a side, the result has {width}x{height}: choose "
+            "--format png"
+        )
+
+
+def expect_room(target: Path, picture: pictures.Picture, settings: Settings) -> None:
     """ValueError where the result would not fit into its format: known now, not after the work."""
-    height, width = settings.target_size(*pixels.shape[-2:])
-    for name, known in pictures.FORMATS.items():
-        if target.suffix.lower() not in known.suffixes:
-            continue
-        if max(height, width) > known.side:
-            raise ValueError(
-                f"{name} ends at {known.side} pixels a side, the result has {width}x{height}: choose "
-                "--format png"
-            )
-        if not known.alpha and pixels.shape[1] in (2, 4) and bool((pixels[:, -1] < 1).any()):
-            raise ValueError(f"{name} has no transparency and the picture has: choose --format png")
+    pixels = picture.pixels
+    expect_sides(target, *pixels.shape[-2:], settings)
+    name, known = format_of(target)
+    if not known.alpha and pixels.shape[1] in (2, 4) and bool((pixels[:, -1] < 1).any()):
+        raise ValueError(f"{name} has no transparency and the picture has: choose --format png")
+    each = pixels.shape[1] * (min(picture.bits, known.bits) // 8)
+    if math.prod(settings.target_size(*pixels.shape[-2:])) * each > known.size:
+        raise ValueError(f"{name} ends at 4 GB, which the result exceeds: choose --format png")
+
+
+def format_of(target: Path) -> tuple[str, pictures.Format]:
+    """The format that a result's name means."""
+    ending = target.suffix.lower()
+    return next(item for item in pictures.FORMATS.items() if ending in item[1].suffixes)
 
 
 def result_pixels(job: Job, settings: Settings) -> int:
@@ -237,8 +250,8 @@ def result_pixels(job: Job, settings: Settings) -> int:
     return height * width * frames
 
 
-def measure(job: Job) -> tuple[int, int, int]:
+def measure(job: Job, max_pixels: int | None = None) -> tuple[int, int, int]:
     """Height, width and number of frames of what a job restores. Raises PictureError."""
     if video.is_clip(job.source):
         return video.measure(job.source)
-    return *pictures.measure(job.source), 1
+    return *pictures.measure(job.source, max_pixels=max_pixels), 1

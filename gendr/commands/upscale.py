@@ -23,11 +23,11 @@ import warnings
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
-from .. import devices, pictures
+from .. import devices, loading, pictures
 from ..files import checkpoint
 from ..model import GenDR
 from ..pictures.placing import sweep
@@ -35,7 +35,7 @@ from ..report import OnProgress, Report
 from ..settings import Settings
 from ..steady import Steady
 from . import jobs, masks, stopping, team, video
-from .jobs import Job, expect_room, result_pixels
+from .jobs import Job, expect_room, expect_sides, result_pixels
 from .journal import Journal, key
 from .progress import Bar, clock_time
 from .trouble import FULL_DISK, blame, disk_full, plain, reason, unexpected
@@ -99,10 +99,11 @@ class Batch:
         self.journal = Journal()
         self.folders: dict[Path, str | None] = {}
         self.stopping = False  # Ctrl-C came while a picture was being written
+        self.untold = False  # standard output takes no more words
         self.full = False  # the disk was full once: look first, do not work for nothing
         header = checkpoint.describe(options.model or checkpoint.EMBEDDED)
         self.facts = {
-            "settings": dataclasses.asdict(dataclasses.replace(options.settings, steady=False)),
+            "settings": asked(dataclasses.replace(options.settings, steady=False)),
             "model": header.get("sha256") or str(header),
             "base": str(options.base),
             "dtype": options.dtype,
@@ -133,7 +134,7 @@ class Batch:
     @cached_property
     def model(self) -> GenDR:
         options, device = self.options, self.crew.device
-        return checkpoint.load(
+        return loading.load(
             options.model,
             device=device,
             dtype=options.dtype,
@@ -173,7 +174,9 @@ class Batch:
         model = self.model
         try:
             if self.options.plan:
-                height, width, frames = jobs.measure(job)
+                height, width, frames = jobs.measure(job, self.options.max_pixels)
+                if not video.is_clip(job.source):
+                    expect_sides(job.target, height, width, self.options.settings)
                 plan = model.plan(height, width, self.options.settings)
                 text = f"{frames} frames, each:\n{plan}" if frames > 1 else str(plan)
                 return {"status": "planned", "text": text, **plan.as_dict()}
@@ -210,6 +213,9 @@ class Batch:
 
     def folder_problem(self, folder: Path) -> str | None:
         """Why nothing can be written to `folder`, found out by trying."""
+        if self.folders.get(folder, "") is None and not folder.is_dir():
+            # A disk that was taken away, say: what is made in its place would go to another.
+            return f"the folder {folder} is gone; bring it back, or choose another with --output"
         if folder not in self.folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -228,13 +234,13 @@ class Batch:
         self.bar.begin(job.source.name, job.pixels)
         identity = self.key(job)  # of the file as it is read, in case it changes meanwhile
         # By its header: what cannot be held must not be decoded first.
-        model.expect_memory(
-            *pictures.measure(job.source), options.settings, masked=self.mask is not None
-        )
+        height, width, _ = jobs.measure(job, options.max_pixels)
+        expect_sides(job.target, height, width, options.settings)
+        model.expect_memory(height, width, options.settings, masked=self.mask is not None)
         picture = pictures.read(job.source, **self.reading)
         for note in picture.notes:
             self.say(f"note: {plain(job.source)}: {plain(note)}")
-        expect_room(job.target, picture.pixels, options.settings)
+        expect_room(job.target, picture, options.settings)
         output, report = self.restored(
             model, picture.pixels, lambda p: self.bar.tile(p.done, p.total, p.share)
         )
@@ -329,8 +335,7 @@ class Batch:
         self.entries.append(entry)
         self.bar.picture(job.pixels, worked=status == "done")
         if self.options.json:
-            self.bar.clear()
-            print(as_json(entry), flush=True)
+            self.tell(as_json(entry))
         if status == "failed":
             self.complain(f"failed: {plain(blame(entry))}")
         elif status == "skipped":
@@ -349,7 +354,7 @@ class Batch:
         done = sum(entry["status"] in ("done", "skipped") for entry in self.entries)
         again = f"{os.environ.get('GENDR_PROG', 'gendr')} {resuming(self.options.command)}"
         if self.options.json:
-            print(as_json({"summary": {"interrupted": True, "done": done}}), flush=True)
+            self.tell(as_json({"summary": {"interrupted": True, "done": done}}))
         self.complain(
             f"Stopped: {done} of {len(self.jobs)} pictures are done and kept. Go on with\n  "
             f"{plain(again)}"
@@ -364,7 +369,7 @@ class Batch:
         if self.crew.index == 0:
             if self.options.json:
                 facts = {**counts, "pictures": len(self.entries), "seconds": round(seconds, 2)}
-                print(as_json({"summary": facts}), flush=True)
+                self.tell(as_json({"summary": facts}))
             told = ", ".join(f"{count} {status}" for status, count in counts.items())
             if not self.entries:
                 self.complain("nothing to restore")
@@ -379,21 +384,44 @@ class Batch:
                     several = f"{len(entries)} pictures: {why}"
                     one = len(entries) == 1
                     self.complain(f"  {plain(blame(entries[0]) if one else several)}")
-        return 1 if failed or not self.entries else 0
+        return 1 if failed or self.untold or not self.entries else 0
 
     def say(self, text: str) -> None:
         """To stdout, or nowhere where stdout carries JSON."""
         if not (self.options.quiet or self.options.json):
-            self.bar.clear()
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """A line to stdout. Where that is full, the work goes on, and the exit code tells."""
+        if self.untold:
+            return
+        self.bar.clear()
+        try:
             print(text, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.untold = True
+            quiet(sys.stdout)
+            self.complain(f"nothing more is told on standard output: {plain(reason(error))}")
 
     def complain(self, text: str) -> None:
-        self.bar.clear()
-        print(text, file=sys.stderr, flush=True)
+        # The last place for words: where it takes none, the work goes on without them.
+        try:
+            self.bar.clear()
+            print(text, file=sys.stderr, flush=True)
+        except OSError:
+            quiet(sys.stderr)
 
     def warn(self, message: Warning | str, *_: Any) -> None:
         if not self.options.quiet:
             self.complain(f"warning: {plain(message)}")
+
+
+def asked(settings: Settings) -> dict[str, Any]:
+    """The settings without what is off: a switch that a later version brings changes no key."""
+    values = dataclasses.asdict(settings)
+    return {name: v for name, v in values.items() if v is not None and v is not False}
 
 
 def resuming(typed: list[str]) -> str:
@@ -402,6 +430,12 @@ def resuming(typed: list[str]) -> str:
     options = [word for word in typed[:end] if word != "--resume"]
     words = [*options[:1], "--resume", *options[1:], *typed[end:]]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def quiet(stream: TextIO) -> None:
+    """Let what waits in a stream that takes nothing more go nowhere: it would fail again at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def as_json(entry: dict[str, Any]) -> str:

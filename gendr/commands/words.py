@@ -323,10 +323,9 @@ def percent(text: str) -> int:
 
 
 def timestep(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 999:
-        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 999")
-    return value
+    if not text.isdecimal() or not 1 <= int(text) <= 999:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to 999")
+    return int(text)
 
 
 def crop(text: str) -> tuple[int, int, int]:

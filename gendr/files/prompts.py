@@ -68,6 +68,8 @@ def from_file(path: Path, text: str) -> Tensor:
     A file that says the texts of its embeddings must have this one; in one that doesn't, `null` is the
     empty prompt, and a single embedding is taken as it is.
     """
+    if not path.exists():
+        raise CheckpointError(f"there is no file of embeddings at {path}: check the name; {MAKE}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -195,8 +195,7 @@ def load_pickle(path: Path) -> Any:
         if devices.is_oom(error):
             raise
         raise CheckpointError(
-            f"{path.name} can't be read as plain tensors and is not executed: use a safetensors "
-            f"file ({unpickling(error)})"
+            f"{path.name} can't be read as plain tensors and is not executed: {unpickling(error)}"
         ) from error
 
 
@@ -212,9 +211,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def unpickling(error: Exception) -> str:
-    """What stopped torch's reader, without its advice to let the file run its code."""
+    """What stopped torch's reader, and what to do, without its advice to let the file run its code."""
     found = re.search(r"(?:GLOBAL|function|global) ([\w.]+)", uncoloured(error))
-    return f"it asks for {found[1]}" if found else "it is damaged, or holds more than tensors"
+    if found:
+        return f"it asks for {found[1]}; use a safetensors file"
+    return "it is no model file, or damaged; get it again, or use a safetensors file"
 
 
 def check_zip(path: Path) -> bool:

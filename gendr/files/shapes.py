@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ..networks.blocks import Unset
 from ..networks.onestep import OneStep, StepConfig
 from ..networks.unet import UNet, UNetConfig
 from ..networks.vae import VAE, VAEConfig
@@ -85,14 +87,21 @@ def _ldm_unet_config(state: dict[str, Tensor]) -> UNetConfig:
     )
 
 
-def check_tensors(config: StepConfig, tensors: dict[str, Tensor]) -> None:
-    """CheckpointError for the first tensor that the networks of this shape lack, or have otherwise."""
+@functools.lru_cache(maxsize=16)
+def wanted_shapes(config: StepConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the networks of a configuration load, prompts left out."""
     with torch.device("meta"):
         if config.unet.prompts:
-            parts: dict[str, nn.Module] = {"": OneStep(config)}
+            parts: dict[str, nn.Module] = {"": OneStep(config, operations=Unset)}
         else:
-            parts = {"unet.": UNet(config.unet), "vae.": VAE(config.vae)}
-    wanted = {p + k: tuple(v.shape) for p, n in parts.items() for k, v in n.state_dict().items()}
+            unet = UNet(config.unet, operations=Unset)
+            parts = {"unet.": unet, "vae.": VAE(config.vae, operations=Unset)}
+    return {p + k: tuple(v.shape) for p, n in parts.items() for k, v in n.state_dict().items()}
+
+
+def check_tensors(config: StepConfig, tensors: dict[str, Tensor]) -> None:
+    """CheckpointError for the first tensor that the networks of this shape lack, or have otherwise."""
+    wanted = wanted_shapes(config)
     if missing := [name for name in wanted if name not in tensors]:
         raise CheckpointError(
             f"it is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} tensors "
@@ -171,7 +180,7 @@ def recognise(tensors: dict[str, Tensor]) -> str:
         return "a LoRA"
     for name, tensor in tensors.items():
         if name.endswith(("attn2.to_k.weight",)) and tensor.dim() == 2:
-            family = FAMILIES.get(tensor.shape[1], "diffusion")
+            family = FAMILIES.get(tensor.shape[1])
             first = next(
                 (
                     t
@@ -181,7 +190,7 @@ def recognise(tensors: dict[str, Tensor]) -> str:
                 None,
             )
             channels = f" with {first.shape[1]} latent channels" if first is not None else ""
-            return f"an {family} UNet{channels}"
+            return f"{f'an {family}' if family else 'a diffusion'} UNet{channels}"
     if has("double_blocks.") or has("transformer_blocks.", "context_embedder"):
         return "a diffusion transformer (Flux, SD3 or the like)"
     if has("encoder.", "decoder.", "conv_in"):

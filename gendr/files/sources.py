@@ -9,6 +9,7 @@ inference code.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from .. import schedule
 from . import layouts, lora
+from .header import METADATA
 from .lora import Lora
-from .reading import check_numbers, is_safetensors, load_pickle, read_safetensors
+from .reading import check_numbers, is_safetensors, load_pickle, outline, read_safetensors
 from .shapes import CheckpointError, vae_config
 
 # peft's lora_alpha where a program doesn't set it; the pickles hold the rank alone.
@@ -29,6 +31,8 @@ PEFT_ALPHA = 8
 OMGSR_FOLDERS = {"unet_lora_adapter": "", "vae_encoder_lora_adapter": "encoder."}
 OMGSR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 S3DIFF = "_de_mlp"
+# HYPIR's keys: one adapter of peft's default name, and nothing else.
+FLAT = re.compile(r"\.lora_[AB]\.default\.weight$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +143,23 @@ def name_of(path: Path) -> str | None:
 
     CheckpointError where the file can't be read.
     """
-    found = _which(_contents(path))
-    return found[0].name if found else None
+    contents = _contents(path)
+    found = _which(contents)
+    if found is None or (found[0] is HYPIR and len(contents) != 2 * HYPIR.modules[0]):
+        # Any LoRA of peft's default name has HYPIR's keys.
+        return None
+    return found[0].name
 
 
-def advice(path: Path, name: str) -> str:
-    """What to do with such a file."""
+def advice(path: Path) -> str | None:
+    """What such a file is and what to do with it; None for another one. CheckpointError as `name_of`."""
+    name = name_of(path)
+    if name is None:
+        return _part(path)
+    article = "an" if name.startswith("O") else "a"
     return (
-        f"this is a {name} adapter, not yet a model: gendr convert {path.name} --base SD21_FOLDER -o "
-        f"{path.stem}-gendr.safetensors makes a GenDR file of it"
+        f"this is {article} {name} adapter, not yet a model: gendr convert {_typed(path.name)} --base "
+        f"SD21_FOLDER -o {_typed(f'{path.stem}-gendr.safetensors')} makes a GenDR file of it"
     )
 
 
@@ -167,14 +179,24 @@ def read(path: Path, *, semantic: bool = True, coeff_t: int | None = None) -> So
         )
     found = _which(contents)
     if found is None:
+        if part := _part(path):
+            raise CheckpointError(part)
+        if path.is_file() and is_safetensors(path) and METADATA in outline(path)[0]:
+            raise CheckpointError(
+                f"{path.name} is a GenDR file already: give it to --model, or put it into models/gendr"
+            )
         raise CheckpointError(
             f"{path.name} is none of the models that can be converted: {_known()}"
         )
     restorer, reader = found
     if not semantic and restorer is not PISA:
-        raise CheckpointError(f"{restorer.name} has no semantic adapter: leave --semantic out")
+        raise CheckpointError(
+            f"{restorer.name} has no semantic adapter: leave --semantic out for {path.name}"
+        )
     if coeff_t is not None and restorer is not HYPIR:
-        raise CheckpointError(f"{restorer.name} has one noise level: leave --coeff-t out")
+        raise CheckpointError(
+            f"{restorer.name} has one noise level: leave --coeff-t out for {path.name}"
+        )
     try:
         source = reader(contents)
         _counted(source)
@@ -204,11 +226,27 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def _part(path: Path) -> str | None:
+    """What to do with one of OMGSR's two folders, or a file in it."""
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    if folder.name not in OMGSR_FOLDERS:
+        return None
+    return (
+        f"{path.name} is one part of OMGSR-S: give the folder {folder.parent.name} to gendr convert, "
+        f"which holds {' and '.join(OMGSR_FOLDERS)}"
+    )
+
+
+def _typed(name: str) -> str:
+    """A file's name as one word of a command line, in every shell."""
+    return f'"{name}"' if " " in name else name
+
+
 # ---- recognising ----
 
 
 def _known() -> str:
-    return "gendr convert knows PiSA-SR, OSEDiff, HYPIR (SD2.1) and OMGSR-S"
+    return "gendr convert knows the files of PiSA-SR, OSEDiff, HYPIR (SD2.1) and OMGSR-S; get one of them"
 
 
 def _contents(path: Path) -> Any:
@@ -232,8 +270,7 @@ def _which(contents: Any) -> tuple[Restorer, Callable[[Any], Source]] | None:
         return OSEDIFF, _osediff_whole
     if keys == set(OMGSR_FOLDERS):
         return OMGSR, _omgsr
-    flat = [key for key in keys if isinstance(key, str) and key.endswith(".default.weight")]
-    if flat and len(flat) == len(keys) == 2 * HYPIR.modules[0]:
+    if keys and all(isinstance(key, str) and FLAT.search(key) for key in keys):
         return HYPIR, _hypir
     return None
 

@@ -38,7 +38,7 @@ class Stored:
     def __init__(self, path: Path, open: Callable[[], Mapping[str, Tensor]] | None = None):
         self.path = path
         self._open = open
-        self._mapped: Mapping[str, Tensor] | None = None
+        self._mapped: Mapping[str, Tensor] | safe_open | None = None
         self._given = 0
         if open is None:
             tensors: Mapping[str, Tensor] = outline(path)[1]
@@ -48,13 +48,12 @@ class Stored:
 
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored."""
-        if self._open is None:
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(name)
         if self._mapped is None or self._given > MAPPED:
-            self._mapped, self._given = self._open(), 0
-        tensor = self._mapped[name]
+            self._mapped, self._given = None, 0
+            self._mapped = self._open() if self._open else safe_open(self.path, framework="pt")
+        tensor = self._mapped.get_tensor(name) if self._open is None else self._mapped[name]
         self._given += tensor.numel() * tensor.element_size()
+        # A copy: a part of the file in use would keep all of it mapped.
         return tensor.clone()
 
 

@@ -8,6 +8,7 @@ by default, so that a host can pass layers that hold their weights elsewhere. `f
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,29 @@ PHASE_POSITIONS = 1024
 # Row kernels of a nearest 2x enlargement followed by a 3-tap filter, one line per output parity:
 # even outputs see inputs (y-1, y), odd ones (y, y+1).
 PHASES = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+
+
+def _without_first_values(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+    quiet = type(kind.__name__, (kind,), {"reset_parameters": lambda layer: None})
+
+    def make(*args: Any, **options: Any) -> nn.Module:
+        layer = quiet(*args, **options)
+        layer.__class__ = kind
+        return layer
+
+    return make
+
+
+class Unset:
+    """torch.nn's layers without first values, for networks whose weights are loaded afterwards.
+
+    On the meta device torch draws them too, which takes longer than all the rest of building.
+    """
+
+    Linear = staticmethod(_without_first_values(nn.Linear))
+    Conv2d = staticmethod(_without_first_values(nn.Conv2d))
+    GroupNorm = staticmethod(_without_first_values(nn.GroupNorm))
+    LayerNorm = staticmethod(_without_first_values(nn.LayerNorm))
 
 
 def group_norm(operations: Any, groups: int, channels: int, eps: float) -> nn.Module:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..schedule import Prediction, one_step
+from .blocks import Unset
 from .unet import (
     SD21_16,
     ConstantAttention,
@@ -354,7 +355,7 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def build(config: StepConfig, state: dict[str, Tensor], *, operations: Any = nn) -> OneStep:
+def build(config: StepConfig, state: dict[str, Tensor], *, operations: Any = Unset) -> OneStep:
     """A folded network around existing tensors, without a second copy of them."""
     with torch.device("meta"):
         network = OneStep(config, operations=operations)
@@ -362,7 +363,7 @@ def build(config: StepConfig, state: dict[str, Tensor], *, operations: Any = nn)
     return network.requires_grad_(False).eval()
 
 
-def fold(network: Unfolded, *, operations: Any = nn) -> OneStep:
+def fold(network: Unfolded, *, operations: Any = Unset) -> OneStep:
     """The folded form of an unfolded network, in its dtype; unchanged tensors are shared."""
     embeds = {k: v.detach() for k, v in network.embeds.items()}
     unet, vae = network.unet.state_dict(), network.vae.state_dict()

@@ -13,6 +13,18 @@ PICTURE_STARTS = {
     b"BM": "BMP",
     b"8BPS": "Photoshop file",
 }
+# Pictures of kinds that are not read here.
+NOT_READ = {
+    b"\xff\x0a": "a JPEG XL picture",
+    b"\0\0\0\x0cJXL ": "a JPEG XL picture",
+    b"\x76\x2f\x31\x01": "an OpenEXR picture",
+    b"#?RADIANCE": "a Radiance HDR picture",
+    b"#?RGBE": "a Radiance HDR picture",
+    b"gimp xcf": "a GIMP picture",
+    b"II\xbc\x01": "a JPEG XR picture",
+    b"FLIF": "a FLIF picture",
+    b"BPG\xfb": "a BPG picture",
+}
 OTHER_STARTS = {
     b"%PDF": "a PDF document; export its page as PNG",
     b"PK\x03\x04": "a ZIP archive; unpack it first",
@@ -43,6 +55,9 @@ def what_is(path: Path) -> str:
             "is a picture or video of the HEIC, AVIF or MP4 family that Pillow cannot read here; "
             "convert it to JPEG or PNG"
         )
+    for magic, name in NOT_READ.items():
+        if start.startswith(magic):
+            return f"is {name}, which is not read here; export it as PNG, with 16 bits where it has them"
     for magic, name in PICTURE_STARTS.items():
         if start.startswith(magic):
             return f"this {name} is cut short or damaged; get it again"

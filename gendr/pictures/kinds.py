@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,21 +94,24 @@ class Picture:
 
 
 class Format(NamedTuple):
-    """What a kind of file can hold."""
+    """What a kind of file can hold. size: bytes of samples."""
 
     suffixes: tuple[str, ...]
     alpha: bool
     bits: int
     side: int
+    size: float = math.inf
 
 
+# Sizes and places in a file are 32 bits in some formats; a little is left for what lies around.
+FOUR_GB = 2**32 - 2**20
 FORMATS = {
     "PNG": Format((".png",), alpha=True, bits=16, side=2**31 - 1),
     # The format has 16 bits for a side; the library behind Pillow stops a little earlier.
     "JPEG": Format((".jpg", ".jpeg", ".jpe", ".jfif"), alpha=False, bits=8, side=65500),
     "WEBP": Format((".webp",), alpha=True, bits=8, side=16383),
-    "TIFF": Format((".tif", ".tiff"), alpha=True, bits=16, side=2**31 - 1),
-    "BMP": Format((".bmp",), alpha=False, bits=8, side=2**31 - 1),
+    "TIFF": Format((".tif", ".tiff"), alpha=True, bits=16, side=2**31 - 1, size=FOUR_GB),
+    "BMP": Format((".bmp",), alpha=False, bits=8, side=2**31 - 1, size=FOUR_GB),
 }
 
 
@@ -130,6 +134,9 @@ def os_reason(error: OSError) -> str:
         errno.EROFS: "it lies on a read-only disk",
         errno.ENOSPC: "the disk is full; free some space",
         errno.EDQUOT: "your share of the disk is full; free some space",
+        errno.EFBIG: "it is larger than that disk allows files to be; choose another place",
+        errno.EIO: "the disk reports a fault (input/output error); check it",
+        errno.EMFILE: "too many files are open; allow more with `ulimit -n`",
         errno.ENAMETOOLONG: "the name is too long; shorten it",
     }
     return known.get(error.errno, error.strerror or str(error))

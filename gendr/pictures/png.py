@@ -11,6 +11,8 @@ from typing import IO
 
 import numpy as np
 
+from .kinds import PictureError
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What the pixels' numbers mean; a profile (iCCP) has a place of its own.
 COLOUR = (b"cICP", b"sRGB", b"gAMA", b"cHRM", b"mDCV", b"cLLI", b"mDCv", b"cLLi")
@@ -67,6 +69,11 @@ def parse(file: IO[bytes], pixels: bool = True) -> tuple[IO[bytes], Facts]:
         if len(head) < 8:
             break
         length, kind = struct.unpack(">I4s", head)
+        if kind == b"CgBI":
+            raise PictureError(
+                "is a PNG for iOS apps, which other programs cannot read; save it with Apple's Preview, or "
+                "`pngcrush -revert-iphone-optimizations`"
+            )
         if kind == b"IDAT" and not pixels:
             file.seek(length + 4, io.SEEK_CUR)
             continue

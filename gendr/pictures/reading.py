@@ -63,11 +63,14 @@ def read(
             return picture
 
 
-def measure(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Height and width of a picture as it is shown, from its header alone. Raises PictureError."""
+def measure(path: str | os.PathLike[str], *, max_pixels: int | None = None) -> tuple[int, int]:
+    """Height and width of a picture as it is shown, from its header alone. Raises PictureError.
+
+    max_pixels: as of `read`.
+    """
     path = Path(path)
     with _opened(path) as (file, _):
-        source = _Source(file, path, None, whole=False, pixels=False)
+        source = _Source(file, path, max_pixels, whole=False, pixels=False)
         height, width = source.size
         return (width, height) if source.orientation() in TURNED else (height, width)
 
@@ -166,8 +169,8 @@ class _Source:
         height, width = self.size
         if self.max_pixels is not None and width * height > self.max_pixels:
             raise TooLargeError(
-                f"{self.path}: {width}x{height} is {width * height / 1e6:.0f} megapixels, more "
-                f"than the limit of {self.max_pixels / 1e6:.0f}"
+                f"{self.path}: {width}x{height} is {width * height / 1e6:.4g} megapixels, more "
+                f"than the limit of {self.max_pixels / 1e6:.4g}"
             )
 
     def open_png(self) -> None:
@@ -268,8 +271,10 @@ class _Source:
         if self.png is not None and self.whole:
             png.expect_rows(self.png, self.file)
         if self.jpeg is not None and self.whole:
-            jpeg.expect_whole(self.image, self.file, self.jpeg)
+            self.notes += jpeg.expect_whole(self.image, self.file, self.jpeg)
         found = wide or modes.samples(self.image, self.kind, bits, self.notes)
+        if self.page is not None:
+            tiff.left_out(tiff.unread(self.page, found.values.shape[-1]), self.notes)
         return found._replace(upright=self.kind == "TIFF" and self._turned(found.values))
 
     def _turned(self, values: np.ndarray) -> bool:

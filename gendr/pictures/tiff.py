@@ -111,6 +111,18 @@ def readable(page: Page) -> bool:
     return _Layout(page).ours
 
 
+def left_out(count: int, notes: list[str]) -> None:
+    """A note about channels that are neither colours nor alpha."""
+    if count > 0:
+        notes.append(f"{count} further channel{'s' * (count > 1)} of the file left out")
+
+
+def unread(page: Page, channels: int) -> int:
+    """How many channels of grey or RGB Pillow left out, which gave so many."""
+    plain = page.first(PHOTOMETRIC, 0) in (MIN_IS_WHITE, MIN_IS_BLACK, RGB)
+    return int(page.first(CHANNELS, 1)) - channels if plain else 0
+
+
 def decode(file: IO[bytes], page: Page, notes: list[str], whole: bool = True) -> Samples:
     """The page's samples.
 
@@ -128,9 +140,7 @@ def decode(file: IO[bytes], page: Page, notes: list[str], whole: bool = True) ->
         alpha = 0
     if alpha is not None and colours + alpha < layout.channels:
         kept.append(colours + alpha)
-    if len(kept) < layout.channels:
-        count = layout.channels - len(kept)
-        notes.append(f"{count} further channel{'s' * (count > 1)} of the file left out")
+    left_out(layout.channels - len(kept), notes)
     values = values[..., kept]
 
     if layout.photometric == CMYK:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,7 +56,7 @@ def write(
     """
     path = Path(path)
     name = _format(path, format)
-    if not 1 <= quality <= 100:
+    if not isinstance(quality, Real) or not 1 <= quality <= 100:
         raise PictureError(f"quality must be between 1 and 100, got {quality}")
     bits = 16 if like is not None and like.bits == 16 and FORMATS[name].bits == 16 else 8
     samples = _quantised(path, pixels, bits)
@@ -92,6 +93,8 @@ def _format(path: Path, format: str | None) -> str:
 
 def _quantised(path: Path, pixels: Tensor, bits: int) -> np.ndarray:
     """(1) c h w in [0, 1] -> h w c uint8 or uint16, rounded half up, in bands of rows."""
+    if not isinstance(pixels, Tensor) or pixels.is_meta:
+        raise PictureError(f"{path}: a tensor 1 c h w is needed, got {type(pixels).__name__}")
     if pixels.ndim == 4 and pixels.shape[0] == 1:
         pixels = pixels[0]
     if pixels.ndim != 3 or not 1 <= pixels.shape[0] <= 4 or 0 in pixels.shape:
@@ -134,8 +137,8 @@ def _shaped(path: Path, samples: np.ndarray, name: str) -> np.ndarray:
     if name == "WEBP" or (name == "TIFF" and samples.dtype == np.uint16 and channels == 2):
         grey = {1: [0, 0, 0], 2: [0, 0, 0, 1]}.get(samples.shape[-1])
         samples = samples[..., grey] if grey else samples
-    if name == "TIFF" and samples.nbytes > 2**32 - 2**20:
-        raise PictureError(f"{path}: TIFF ends at 4 GB; write PNG")
+    if samples.nbytes > known.size:
+        raise PictureError(f"{path}: {name} ends at 4 GB; write PNG")
     return samples
 
 

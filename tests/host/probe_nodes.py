@@ -101,6 +101,24 @@ class ProbeKeep:
         return {"ui": {"text": facts}}
 
 
-NODE_CLASS_MAPPINGS = {
-    c.__name__: c for c in (ProbePicture, ProbeMask, ProbeNumber, ProbePrompt, ProbeKeep)
-}
+class ProbeKeepPrompt:
+    """Writes the embedding of a CONDITIONING of one text."""
+
+    CATEGORY = "tests"
+    FUNCTION = "keep"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"prompt": ("CONDITIONING",), "name": ("STRING", {})}}
+
+    def keep(self, prompt, name):
+        ((embedding, _),) = prompt
+        path = os.path.join(folder_paths.get_output_directory(), f"{name}.pt")
+        torch.save(embedding.cpu().clone(), path)
+        return {}
+
+
+NODES = (ProbePicture, ProbeMask, ProbeNumber, ProbePrompt, ProbeKeep, ProbeKeepPrompt)
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in NODES}

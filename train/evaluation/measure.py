@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from train.evaluation import judges, methods, metrics, testset
 from train.evaluation.metrics import COST, REFERENCE, Metric
@@ -56,35 +56,14 @@ class Run:
         return any(item.reference for item in self.items)
 
 
-class Progress:
-    """One line that is rewritten on a terminal, a line every ten seconds in a log."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total = label, total
-        self.started = self.shown = time.monotonic()
-        self.done = self.reused = 0
-        self.terminal = sys.stderr.isatty()
-
-    def step(self, reused: bool = False) -> None:
-        self.done += 1
-        self.reused += reused
-        now = time.monotonic()
-        if now - self.shown < (0.1 if self.terminal else 10):
-            return
-        self.shown = now
-        worked = self.done - self.reused
-        rate = worked / (now - self.started)
-        text = f"{self.label}: {self.done}/{self.total}"
-        if worked:
-            text += f", {rate:.2f}/s, {(self.total - self.done) / rate:.0f} s left"
-        head, tail = ("\r", "\x1b[K") if self.terminal else ("", "\n")
-        print(f"{head}{text}", end=tail, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        head = "\r\x1b[K" if self.terminal else ""
-        reused = f" ({self.reused} from before)" if self.reused else ""
-        seconds = time.monotonic() - self.started
-        print(f"{head}{self.label}: {self.done} in {seconds:.1f} s{reused}", file=sys.stderr)
+def bar(label: str, total: int) -> tqdm:
+    """A progress bar of pictures: rewritten on a terminal, a line every ten seconds in a log."""
+    return tqdm(
+        desc=label,
+        total=total,
+        unit=" pictures",
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )
 
 
 def signatures(method: methods.Method, item: testset.Item) -> tuple[str, str]:
@@ -158,27 +137,30 @@ def measure(run: Run, method: methods.Method) -> None:
     """One method over all pictures; a picture that fails is recorded and the next one taken."""
     records = run.records[method.name]
     keys = [metric.key for metric in run.native]
-    progress = Progress(method.name, len(run.items))
+    reused = 0
+    progress = bar(method.name, len(run.items))
     for item in run.items:
         if records.done(item.stem, signatures(method, item)[1], keys):
-            progress.step(reused=True)
+            reused += 1
+            progress.set_postfix_str(f"{reused} from before", refresh=False)
+            progress.update()
             continue
         try:
             line = measure_one(run, method, item)
         except methods.NotLoaded as error:
             run.unusable.append(method.name)
             run.problems.append(f"{method.name} could not be loaded: {error}")
-            print(f"failed: {run.problems[-1]}", file=sys.stderr)
+            tqdm.write(f"failed: {run.problems[-1]}", file=sys.stderr)
             break
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             # ValueError: a broken file or another size. RuntimeError: among others, a full GPU.
             line = {"stem": item.stem, "error": without_folders(judges.reason_of(error), item)}
-            print(f"failed: {method.name}: {item.stem}: {line['error']}", file=sys.stderr)
+            tqdm.write(f"failed: {method.name}: {item.stem}: {line['error']}", file=sys.stderr)
         records.add(line)
-        progress.step()
+        progress.update()
     records.close()
     method.close()
-    progress.end()
+    progress.close()
 
 
 def judge(run: Run, entry: judges.Judge, model: str | None, forced: bool) -> None:
@@ -208,7 +190,7 @@ def judge(run: Run, entry: judges.Judge, model: str | None, forced: bool) -> Non
         print(f"n/a: {metric.label}: {error}", file=sys.stderr)
         return
     full = metric.group == REFERENCE
-    progress = Progress(metric.label, len(todo))
+    progress = bar(metric.label, len(todo))
     failures: Counter[str] = Counter()
     for method, item in todo:
         try:
@@ -217,11 +199,11 @@ def judge(run: Run, entry: judges.Judge, model: str | None, forced: bool) -> Non
             run.records[method.name].add({"stem": item.stem, "values": {metric.key: value}})
         except Exception as error:  # pyiqa's networks raise anything; the report counts it
             failures[judges.reason_of(error)] += 1
-        progress.step()
+        progress.update()
     for records in run.records.values():
         records.close()
     for reason, count in failures.items():
         run.problems.append(f"{metric.label}: {count} result(s) not measured: {reason}")
     if failures.total() == len(todo):
         run.missing[metric.name] = next(iter(failures))
-    progress.end()
+    progress.close()

@@ -230,7 +230,7 @@ class Checkpoint:
             if not file.exists() or file.stat().st_mtime_ns != written:
                 raise NotLoaded(f"{file.name} was changed since the run began: start it again")
             try:
-                self._model = checkpoint.load(self.path, device=self.device, dtype=self.dtype)
+                self._model = gendr.load(self.path, device=self.device, dtype=self.dtype)
             except ValueError as error:
                 raise NotLoaded(str(error)) from error
             self.facts.update(

@@ -12,7 +12,7 @@ from typing import Any
 from gendr import color
 from gendr.tiles import Grid, seam_score
 from train.evaluation import judges, methods, metrics, testset
-from train.evaluation.measure import Progress, Run
+from train.evaluation.measure import Run, bar
 
 # The networks need multiples of it, so that a tile is not padded.
 MULTIPLE = 64
@@ -38,7 +38,7 @@ def compare_tiles(
     area = {item.stem: int(records.sizes[records.index[item.stem]].prod()) for item in done}
     chosen = sorted(done, key=lambda item: (-area[item.stem], item.stem))[:count]
     rows = []
-    progress = Progress(f"{method.name}, tile sizes", len(chosen))
+    progress = bar(f"{method.name}, tile sizes", len(chosen))
     for item in chosen:
         width, height = records.sizes[records.index[item.stem]].tolist()
         try:
@@ -47,9 +47,9 @@ def compare_tiles(
             run.problems.append(
                 f"{method.name}: tile sizes of {item.stem}: {judges.reason_of(error)}"
             )
-        progress.step()
+        progress.update()
     method.close()
-    progress.end()
+    progress.close()
     return rows
 
 

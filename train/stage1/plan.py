@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gendr.networks.blocks import Unset
 from gendr.networks.unet import SD21_16, TINY_UNET, UNet, UNetConfig
 from gendr.networks.vae import SD_VAE, TINY_VAE, VAE, VAE16
 from train import memory
@@ -40,8 +41,8 @@ def plan(settings: Settings) -> str:
         vae_config = pretrained.read_vae(vae_source(s)).config
     width, encoder = ENCODER_SIZES.get(s.encoder, (768, 0)) if s.lambda_repa else (0, 0)
     with torch.device("meta"):
-        unet, vae = UNet(config), VAE(vae_config)
-        slim = UNet(config)
+        unet, slim = UNet(config, operations=Unset), UNet(config, operations=Unset)
+        vae = VAE(vae_config, operations=Unset)
         projector = Projector(config.block_out_channels[0], width) if width else None
     recompute_blocks(slim)
     count = {

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from gendr.files import checkpoint
+from gendr.networks.blocks import Unset
 from gendr.networks.onestep import StepConfig
 from gendr.networks.unet import TINY_UNET, UNet
 from gendr.networks.vae import TINY_VAE, VAE
@@ -35,8 +36,9 @@ def plan(settings: Settings) -> str:
     base_config = step_config(s.base, s.like)
     width, size = ENCODER_SIZES.get(s.encoder, ENCODER_SIZES["dinov2-b"])
     with torch.device("meta"):
-        generator, vae = UNet(config.unet), VAE(config.vae)
-        base = UNet(base_config.unet)
+        generator = UNet(config.unet, operations=Unset)
+        vae = VAE(config.vae, operations=Unset)
+        base = UNet(base_config.unet, operations=Unset)
         count_base = parameters(base)
         projector = Projector(config.unet.block_out_channels[0], width) if s.lambda3 else None
         heads = None
@@ -132,7 +134,7 @@ def plan(settings: Settings) -> str:
 def fresh(config: StepConfig, recompute: bool) -> UNet:
     """A UNet on the meta device, with or without gradient checkpointing."""
     with torch.device("meta"):
-        unet = UNet(config.unet)
+        unet = UNet(config.unet, operations=Unset)
     if recompute:
         recompute_blocks(unet)
     return unet
