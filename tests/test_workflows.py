@@ -11,6 +11,8 @@ from PIL import Image
 
 WORKFLOWS = sorted((pack.ROOT / "workflows").glob("*.json"))
 API = sorted((pack.ROOT / "tests" / "api").glob("*.json"))
+NOTES = pack.ROOT / "web" / "notes"
+LANGUAGES = sorted(path.name for path in (pack.ROOT / "locales").iterdir())
 SAVED = sorted((pack.ROOT / "tests" / "saved").glob("*.json"))
 NODES = pack.nodes().NODE_CLASS_MAPPINGS
 # Core nodes and their widgets. They exist since ComfyUI 0.3.64, the oldest supported version, but
@@ -159,6 +161,41 @@ def test_a_note_explains_and_a_picture_shows(path):
         assert picture.width == picture.height
         assert 350 <= picture.width <= 512
     assert path.with_suffix(".jpg").stat().st_size < 100_000
+
+
+def note_of(path):
+    (note,) = [node for node in read(path)["nodes"] if node["type"] == "MarkdownNote"]
+    return note
+
+
+def test_english_notes_are_the_templates_own():
+    notes = read(NOTES / "en.json")
+    assert notes.pop("title") == note_of(WORKFLOWS[0])["title"]
+    assert notes == {path.stem: note_of(path)["widgets_values"][0] for path in WORKFLOWS}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_notes_are_in_every_language_with_its_names_for_widgets(language):
+    """A widget that a note speaks of is called as the node calls it in that language."""
+    english, notes = read(NOTES / "en.json"), read(NOTES / f"{language}.json")
+    ours, theirs = (
+        read(pack.ROOT / "locales" / one / "nodeDefs.json")["TiledGenDR"]
+        for one in ("en", language)
+    )
+    names = {
+        text["name"]: theirs[group][key]["name"]
+        for group in ("inputs", "outputs")
+        for key, text in ours[group].items()
+    }
+    assert list(notes) == list(english)
+    for template, text in english.items():
+        for label in re.findall(r"\*\*(.+?)\*\*", text):
+            if label.lower() in names:
+                called = f"**{names[label.lower()]}**".lower()
+                assert called in notes[template].lower(), (template, label)
+        # Commands, numbers and steps are the same everywhere.
+        for exact in re.findall(r"^    .+$|^\d\. |\b[0-9.]+\b", text, re.M):
+            assert exact in notes[template] or "2026" in exact, (template, exact)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=name_of)

@@ -71,6 +71,11 @@ HURRY = """() => {
 LABELS = """type => Object.fromEntries(
   window.app.graph.nodes.find(n => n.type === type).widgets.map(w => [w.name, w.label]))"""
 
+NOTE = """() => {
+  const node = window.app.graph.nodes.find(n => n.type === 'MarkdownNote');
+  return [node.title, node.widgets[0].value];
+}"""
+
 # Where on the page a widget of a node is drawn.
 PLACE = """([type, name]) => {
   const node = window.app.graph.nodes.find(n => n.type === type);
@@ -114,7 +119,7 @@ def page(server):
 
 def open_front_end(page, server):
     page.goto(server.url)
-    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_function(READY, timeout=300_000)
     page.wait_for_timeout(4000)
 
 
@@ -251,6 +256,9 @@ def test_another_language(server, page):
             open_front_end(page, server)
             load(page, TILED)
             look(page, f"language {language}")
+            notes = rig.ROOT / "web/notes" / f"{language}.json"
+            notes = json.loads(notes.read_text(encoding="utf-8"))
+            assert page.evaluate(NOTE) == [notes["title"], notes[TILED.stem]]
             shown = page.evaluate("() => LiteGraph.registered_node_types['GenDRUpscale'].title")
             assert shown == title
             written = rig.ROOT / "locales" / language / "nodeDefs.json"
