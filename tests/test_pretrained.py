@@ -159,13 +159,14 @@ def test_gendr_checkpoints_are_sources_too(tiny_checkpoint, tmp_path):
 def test_what_does_not_fit_is_a_sentence(folder, tmp_path, monkeypatch):
     with pytest.raises(PretrainedError, match=r"there is no .*nowhere: name a folder"):
         pretrained.read_unet(str(tmp_path / "nowhere"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import huggingface_hub
 
     def offline(*args, **options):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand more")
 
+    # Both ways to the hub; the library itself would try for 23 s.
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
     with pytest.raises(
         PretrainedError, match=r"^somebody/model can't be fetched .*hf download"
     ) as e:
