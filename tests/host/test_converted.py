@@ -107,7 +107,7 @@ def clip(server):
 
 def own(**options) -> dict:
     """A graph without a prompt."""
-    return graph(model=NAME, color_fix="auto", **options)
+    return graph(model=NAME, color_fix="auto", fidelity=0.0, **options)
 
 
 def prompted(tokens: int, width: int = WIDTH, **options) -> dict:

@@ -37,7 +37,7 @@ def graph(
     **widgets,
 ) -> dict:
     """Noise -> one of our nodes -> a file with the exact result, in API format."""
-    values = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": 0.0}
+    values = {"scale": 2.0, "color_fix": "wavelet", "detail": 1.0, "fidelity": -1.0}
     if node == "TiledGenDR":
         values |= {"tile_size": 0, "overlap": 0, "tile_batch": 0, "seamless": False}
     values |= {"image": ["1", 0], "model": ["2", 0], **widgets}
