@@ -29,6 +29,10 @@ UNET = UNetConfig(
     cross_attention_dim=12,
     norm_num_groups=8,
 )
+# Narrower still, for what is trained in float64.
+NARROW = replace(
+    UNET, block_out_channels=(8, 16), head_dim=8, cross_attention_dim=6, norm_num_groups=4
+)
 VAE_ = VAEConfig(
     block_out_channels=(16, 32),
     layers_per_block=1,

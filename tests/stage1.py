@@ -8,7 +8,7 @@ from dataclasses import replace
 import conftest
 import numpy as np
 import torch
-from conftest import header, random_network
+from conftest import NARROW, header, random_network
 from transformers import Dinov2Config, Dinov2Model
 
 from gendr.files import checkpoint
@@ -20,14 +20,7 @@ from train.stage1.prompts import Prompts, random_prompts
 from train.stage1.settings import Rules, Settings
 from train.stage1.step import Denoiser, Objective
 
-UNET = replace(
-    conftest.UNET,
-    block_out_channels=(8, 16),
-    head_dim=8,
-    cross_attention_dim=6,
-    norm_num_groups=4,
-    tokens=3,
-)
+UNET = replace(NARROW, tokens=3)
 # Scaling and shift away from one and zero, so that forgetting them shows.
 VAE_ = replace(conftest.VAE_, block_out_channels=(8, 8), norm_num_groups=4, shift_factor=0.2)
 DINO = Dinov2Config(

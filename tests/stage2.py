@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from conftest import UNET, header, random_network
+from conftest import NARROW, header, random_network
 from torch import Tensor
 
 from gendr.files import checkpoint
@@ -22,15 +22,7 @@ from train.stage2.scores import Scores
 from train.stage2.settings import Rules, Settings
 from train.stage2.step import Generator, Iteration, Sample
 
-SMALL = replace(
-    UNET,
-    latent_channels=4,
-    block_out_channels=(8, 16),
-    head_dim=8,
-    cross_attention_dim=6,
-    norm_num_groups=4,
-    tokens=3,
-)
+SMALL = replace(NARROW, latent_channels=4, tokens=3)
 STEP = StepConfig(unet=SMALL, vae=VAEConfig(latent_channels=4))
 
 

@@ -1,9 +1,11 @@
 """DINOv2 as a function, and what meets it. Numbers in the names are those of the method's tests."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import NARROW
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig
 from transformers import Dinov2WithRegistersModel as Registers
@@ -21,15 +23,7 @@ SMALL = {
     "image_size": 28,
     "patch_size": 14,
 }
-TINY = UNetConfig(
-    latent_channels=4,
-    block_out_channels=(8, 16),
-    attention=(False, True),
-    layers_per_block=1,
-    head_dim=8,
-    cross_attention_dim=6,
-    norm_num_groups=4,
-)
+TINY = replace(NARROW, latent_channels=4)
 
 
 def encoder(dtype=torch.float32, **settings):

@@ -9,24 +9,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import UNET
 from stage2 import distillation as rule
 from stage2 import objective, weights
 
 from gendr import schedule
 from gendr.networks.onestep import StepConfig
-from gendr.networks.unet import UNet, UNetConfig
+from gendr.networks.unet import UNet
 from train import losses
 from train.data.stream import Purpose, draw
 from train.losses import distillation
 
-SMALL = UNetConfig(
-    block_out_channels=(16, 32),
-    attention=(False, True),
-    layers_per_block=1,
-    head_dim=16,
-    cross_attention_dim=12,
-    norm_num_groups=8,
-)
 S = 0.7
 MU_R, MU_G = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, -0.5, 2.0], [0.2, 0.3, -0.4]))
 DELTA = MU_R - MU_G
@@ -105,7 +98,7 @@ def test_03_conversions_are_inverse():
 
 def test_08_a_silent_last_layer_starts_at_loss_one():
     torch.manual_seed(0)
-    unet = UNet(SMALL)
+    unet = UNet(UNET)
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.zeros_(unet.conv_out.bias)
     z, eps = torch.randn(2, 8, 16, 8, 8)

@@ -2,31 +2,25 @@
 
 import hashlib
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import NARROW
 from peft import PeftModel
 from stage2 import distillation
 from torch.utils.checkpoint import checkpoint
 
 from gendr import schedule
 from gendr.files import lora
-from gendr.networks.unet import SD21_16, UNet, UNetConfig
+from gendr.networks.unet import SD21_16, UNet
 from train import checkpointing, losses
 from train.checkpointing import recompute_blocks
 from train.stage2 import discriminator
 from train.stage2.discriminator import Discriminator
 from train.stage2.scores import ADAPTERS, Scores, frozen
 
-TINY = UNetConfig(
-    latent_channels=4,
-    block_out_channels=(8, 16),
-    attention=(False, True),
-    layers_per_block=1,
-    head_dim=8,
-    cross_attention_dim=6,
-    norm_num_groups=4,
-)
+TINY = replace(NARROW, latent_channels=4)
 RANK = 4
 
 
