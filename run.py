@@ -163,7 +163,8 @@ def test(words: list[str]) -> int:
     if not words:
         # Their files alone: collecting all of them takes as long as these tests do.
         files = [p for p in (ROOT / "tests").glob("test_*.py") if b"mark.threads" in p.read_bytes()]
-        marked = ["pytest", "-m", "threads", *sorted(str(p.relative_to(ROOT)) for p in files)]
+        marked = ["pytest", "-m", "threads", "-n", str(workers), "--dist", "loadfile"]
+        marked += sorted(str(p.relative_to(ROOT)) for p in files)
         steps.append(("pytest, two threads", marked, {"OMP_NUM_THREADS": "2"}))
     # Last, so that its summary is what the run ends with.
     steps.append(("pytest", ["pytest", "-n", str(workers), "--dist", "loadfile", *words], {}))

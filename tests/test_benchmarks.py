@@ -120,7 +120,7 @@ def test_a_rehearsal_of_the_card_s_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu.Run, "start", lambda self, model: None)
     # A compiler takes a minute for what this test says nothing about.
     monkeypatch.setattr(gpu, "EXTRAS", gpu.EXTRAS[1:])
-    monkeypatch.setattr(gpu, "DRY_RESTORED", [(64, 0, None), (128, 64, 0.5)])
+    monkeypatch.setattr(gpu, "DRY_RESTORED", [(64, 0, None), (96, 64, 0.5)])
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "SIZES", (64,))
     words = ["--dry-run", "--sizes", "64", "--out", str(tmp_path)]
@@ -133,7 +133,7 @@ def test_a_rehearsal_of_the_card_s_run(monkeypatch, tmp_path, capsys):
         assert at["rel_l2"] <= 1e-5
         assert len(at["ms"]["pass"]) == len(at["ms"]["UNet"]) == gpu.ROUNDS * 3
     assert [(r["size"], r["variant"]) for r in result["restored"]] == [
-        *((64, "C"), (64, "D"), (128, "C"), (128, "D"))
+        *((64, "C"), (64, "D"), (96, "C"), (96, "D"))
     ]
     assert result["restored"][1]["speed"] == "graph"
     assert [r["name"] for r in result["extras"]] == ["contiguous"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -210,8 +211,16 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module")
+def finished(base, pairs, tmp_path_factory):
+    """A run of three steps that is over; not to be written to."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert cida.main(words(base, pairs, run, name="Trained", export_every=2)) == 0
+    return run
+
+
 def test_29_resume_equals_uninterrupted(base, pairs, tmp_path, monkeypatch):
-    more = {"micro_batch": 1, "recompute": True, "steps": 2}
+    more = {"micro_batch": 1, "steps": 2}
     assert cida.main(words(base, pairs, tmp_path / "whole", **more)) == 0
     real = Run.steps
     with monkeypatch.context() as patch:
@@ -229,29 +238,28 @@ def test_29_resume_equals_uninterrupted(base, pairs, tmp_path, monkeypatch):
     assert files[0] == files[1]  # with the tensors' SHA-256
 
 
-def test_the_exported_file_goes_straight_into_the_loader(base, pairs, tmp_path):
-    assert cida.main(words(base, pairs, tmp_path / "run", name="Trained")) == 0
-    model = gendr.load(tmp_path / "run" / "model.safetensors", device="cpu", dtype="fp32")
+def test_the_exported_file_goes_straight_into_the_loader(finished, base):
+    model = gendr.load(finished / "model.safetensors", device="cpu", dtype="fp32")
     assert model.name == "Trained"
     assert model.header.training_step == 3
     result = model.restore(torch.rand(1, 3, 9, 8), 4)
     assert result.shape == (1, 3, 36, 32)
-    lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (finished / "log.jsonl").read_text().splitlines()]
     assert {"cid", "adv", "mse", "discriminator", "lora", "cosine_cid_mse", "pull_cid"} <= set(
         lines[0]
     )
     assert any("val_psnr" in line for line in lines)
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
-    assert (tmp_path / "run" / "sheet.png").exists()
+    assert list((finished / "tensorboard").glob("events*"))
+    assert (finished / "sheet.png").exists()
     # The averaged weights are exported, and they are neither the first nor the last ones.
-    trained = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    trained = torch.load(finished / "state.pt", weights_only=True)
     last = trained["generator"]["network.unet.conv_in.weight"]
-    kept = checkpoint.read(tmp_path / "run" / "model.safetensors")[1]["unet.conv_in.weight"].float()
+    kept = checkpoint.read(finished / "model.safetensors")[1]["unet.conv_in.weight"].float()
     first = checkpoint.read(base)[1]["unet.conv_in.weight"]
     assert float((kept - last).abs().max()) > 1e-4
     assert float((kept - first).abs().max()) > 1e-4
     # An adapter is a LoRA that the loader takes on its base.
-    adapter = tmp_path / "run" / "adapters" / "real" / "adapter_model.safetensors"
+    adapter = finished / "adapters" / "real" / "adapter_model.safetensors"
     assert (
         gendr.load(adapter, base=base, device="cpu")
         .restore(torch.rand(1, 3, 8, 8))
@@ -373,9 +381,8 @@ def test_the_ablation_is_one_command(base, pairs, tmp_path, capsys):
 # ---- what a run keeps, and what it refuses ----
 
 
-def test_numbered_models_and_sheets_stay(base, pairs, tmp_path):
-    run = tmp_path / "run"
-    assert cida.main(words(base, pairs, run, export_every=2)) == 0
+def test_numbered_models_and_sheets_stay(finished, tmp_path):
+    run = finished
     assert sorted(p.name for p in (run / "models").iterdir()) == [
         "model-00000002.safetensors", "model-00000003.safetensors",
     ]  # fmt: skip
@@ -405,10 +412,13 @@ def test_the_first_step_is_taken(base, pairs, tmp_path):
     assert not torch.equal(trained["network.unet.conv_in.weight"], start)
 
 
-def test_a_run_goes_on_from_the_state_before_with_another_rate(base, pairs, tmp_path, capsys):
+def test_a_run_goes_on_from_the_state_before_with_another_rate(
+    finished, base, pairs, tmp_path, capsys
+):
     run = tmp_path / "run"
-    assert cida.main(words(base, pairs, run)) == 0
-    changed = words(base, pairs, run, lr=1e-4, state=run / "state-previous.pt")
+    shutil.copytree(finished, run)
+    more = {"name": "Trained", "export_every": 2, "lr": 1e-4, "state": run / "state-previous.pt"}
+    changed = words(base, pairs, run, **more)
     assert cida.main(changed) == 1
     assert "--accept lr" in capsys.readouterr().err
     assert cida.main([*changed, "--accept", "lr"]) == 0

@@ -49,7 +49,7 @@ assert repa.main(phases) == 0
 assert cida.main(iterations) == 0
 """
 STAGE1 = {"phases": "full,refine", "steps": "1,1"}
-STAGE2 = {"steps": 2, "batch": 4, "micro_batch": 1, "validate_every": 9}
+STAGE2 = {"steps": 2, "batch": 4, "micro_batch": 2, "validate_every": 9}
 
 
 def numbers(folder, name):
