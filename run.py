@@ -151,9 +151,9 @@ def test(words: list[str]) -> int:
     """
     prepare("gendr", "test")
     environment = clean_environment()
-    # A process per core, and one for the time that tests wait for processes of their own. Threads
-    # that spin would take the other processes' cores.
-    workers = min(MOST_WORKERS, (os.cpu_count() or 1) + 1)
+    # A process per core, each with a core of its own: the tests are many and small. Threads that
+    # spin would take the other processes' cores.
+    workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1))
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     environment.setdefault("OMP_NUM_THREADS", "1")
     steps = [
