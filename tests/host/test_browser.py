@@ -216,6 +216,21 @@ def test_runs_and_gives_the_library_s_pixels(server, page, path):
         assert (np.floor(expected) != picture).mean() < 0.01
 
 
+@pytest.mark.parametrize("path", rig.OLD_TEMPLATES, ids=rig.release_of)
+def test_templates_of_earlier_releases_ask_for_the_same_and_run(server, page, path):
+    load(page, path)
+    look(page, f"{path.stem} of {path.parents[1].name}")
+    assert page.evaluate(FAULTS) == []
+    asked = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    copy = json.loads((path.parents[1] / "api" / path.name).read_text(encoding="utf-8"))
+    for number, node in copy.items():
+        assert node["inputs"].items() <= asked[number]["inputs"].items()
+    result = server.run(rig.without_diffusion(asked))
+    assert result.status == "success", result.error
+    shapes, wanted = rig.sizes(asked, result)
+    assert shapes == {wanted}
+
+
 @pytest.mark.parametrize("path", rig.SAVED, ids=lambda p: p.stem)
 def test_graphs_of_earlier_releases_open_with_their_values(server, page, path):
     """The front end gives values to widgets by position, and defaults to those that came later."""
