@@ -87,6 +87,12 @@ PLACE = """([type, name]) => {
   return [x + frame.left, y + frame.top];
 }"""
 
+# Nodes of the page, where the front end makes them of HTML: their titles and frames.
+FRAMES = """() => [...document.querySelectorAll('.lg-node[data-node-id]')].map(e => {
+  const r = e.getBoundingClientRect();
+  return [e.innerText.split('\\n')[0], r.left, r.top, r.right, r.bottom];
+})"""
+
 # What the front end's own search offers for some words, best first: [name, title].
 FOUND = """words => {
   const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
@@ -305,3 +311,25 @@ def test_a_failing_node_says_why(server, page):
     look(page, "error")
     assert result.status == "error"
     assert "cut" in result.error
+
+
+@pytest.fixture(scope="module")
+def modern(server, page):
+    """The same page with Nodes 2.0, the default of new installations: for the last tests here."""
+    server.post("/settings", {"Comfy.VueNodes.Enabled": True})
+    open_front_end(page, server)
+    yield page
+    server.post("/settings", {"Comfy.VueNodes.Enabled": False})
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+def test_with_nodes_of_html_none_covers_another(modern, path):
+    load(modern, path)
+    look(modern, f"{path.stem} Nodes 2.0")
+    frames = modern.evaluate(FRAMES)
+    if not frames:
+        pytest.skip("this front end draws its nodes")
+    assert len(frames) == len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    for number, (name, left, top, right, bottom) in enumerate(frames):
+        for other, x0, y0, x1, y1 in frames[:number]:
+            assert left >= x1 or right <= x0 or top >= y1 or bottom <= y0, (name, other)
