@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from gendr.files import checkpoint
 from gendr.resizing import resize
 from train import pairs, peers, restorer
 from train.run import Run
-from train.tiny.fresh import Fresh, Scales, taught
+from train.tiny.fresh import Fresh, Scales, reused, taught
 from train.tiny.networks import initial, tiny_config
 from train.tiny.perceptual import Perceptual
 
@@ -167,8 +168,10 @@ def test_a_run_goes_on_from_the_embedded_model_and_resumes(pictures, tmp_path, m
     whole, parts = (
         torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")
     )
-    for part in ("network", "discriminator"):
-        assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
+    pairs = [(whole["network"], parts["network"])]
+    pairs.append([run["adversary_features"]["discriminator"] for run in (whole, parts)])
+    for a, b in pairs:
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
     x = torch.rand(1, 3, 16, 16)
     before, after = (
@@ -201,3 +204,40 @@ def test_a_judge_of_features_needs_features(pictures, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "give it a weight" in said
     assert "--judge patch" in said
+
+
+def test_a_pool_draws_its_pairs_turned_and_mirrored_and_forgets_the_oldest():
+    """Every picture of a pair lies the same way, and all eight ways come up."""
+    base = torch.arange(9.0).reshape(1, 1, 3, 3)
+    batches = (
+        {"hr": base + 10 * n, "input": base + 10 * n + 0.5, "scale": torch.tensor([n])}
+        for n in range(30)
+    )
+    drawn = list(itertools.islice(reused(batches, reuse=3, held=2, seed=1, first=0), 80))
+    for n, batch in enumerate(drawn, 1):
+        assert torch.equal(batch["hr"] + 0.5, batch["input"])
+        number = int(batch["scale"])
+        assert torch.equal(
+            batch["hr"].sort().values.flatten().sort().values, 10 * number + torch.arange(9.0)
+        )
+        # One batch joins at the first step and at every third; two are held.
+        assert n // 3 - 1 <= number <= n // 3
+    corners = {tuple(int(v) % 10 for v in b["hr"].flatten()[[0, 2]]) for b in drawn}
+    assert len(corners) == 8
+
+
+def test_a_run_that_reuses_its_pairs_uses_each_as_often(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(restorer, "LOOKED_AT", 1)
+    made = []
+    real = Fresh.pair
+    monkeypatch.setattr(Fresh, "pair", lambda self, i: made.append(i) or real(self, i))
+    options = {"init": checkpoint.EMBEDDED, "lr": 1e-5, "reuse": 2, "held": 2}
+    restorer.main(words(pictures, tmp_path / "run", **options, steps=4))
+    # The first step's, and one each at steps 2 and 4; the two looked at come first.
+    assert made[2:] == [0, 1, 2]
+
+
+def test_hours_are_what_a_cosine_by_time_needs(pictures, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        restorer.main(words(pictures, tmp_path, schedule="cosine_by_time"))
+    assert "needs --hours" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from conftest import random_network
 from torch import nn
 
-from train.tiny.adversary import Adversary, FeatureDiscriminator
+from train.tiny.adversary import Adversary, FeatureDiscriminator, balanced
 from train.tiny.perceptual import SHIFTS, Perceptual, efficientnet_lite0, shifted
 from train.tiny.settings import Settings
 from train.tiny.step import Objective
@@ -94,14 +94,16 @@ def batch(side: int = 48) -> dict[str, torch.Tensor]:
     return {name: torch.rand(2, 3, side, side, generator=g) * 2 - 1 for name in ("input", "hr")}
 
 
-def taken(features, adversary=None, *, step: int = 2, **options):
+def taken(features, adversaries=None, *, step: int = 2, done: float = 0.0, parts=(), **options):
     """Gradient of the decoder's last layer after one step, and what was measured."""
     settings = Settings(
         **{"pictures": "x", "init": "x", "teacher_share": 0.0, "batch": 2, "alone": 1, **options}
     )
     network = random_network().requires_grad_(True)
-    objective = Objective(settings, network, features, adversary)
-    found = objective.take(batch(), step, nullcontext())
+    objective = Objective(settings, network, features, adversaries or {})
+    found = objective.take(
+        {**batch(), **dict(parts)}, step, nullcontext(), nullcontext(), done=done
+    )
     return network.vae.decoder.conv_out.weight.grad.clone(), found
 
 
@@ -120,14 +122,60 @@ def test_the_adversary_learns_first_and_then_pulls(distance, share):
     options = {"autoencode": share, "perceptual": 1.0}
     more = {**options, "adversarial": 0.5, "judge": "features"}
     judge = FeatureDiscriminator([6, 8], width=4)
+    adversaries = {"features": Adversary(judge)}
     before = judge.heads[0][0].bias.clone()
-    alone, plain = taken(distance, Adversary(judge), step=1, **more), taken(distance, **options)
+    plain = taken(distance, **options)
+    alone = taken(distance, adversaries, **more)
     assert not torch.equal(before, judge.heads[0][0].bias)
-    # Step 1 is drawn at another place than step 2.
-    assert torch.equal(alone[0], taken(distance, step=1, **options)[0])
-    pulled = taken(distance, Adversary(judge), step=2, **more)
-    assert "discriminator" in pulled[1].terms
+    assert torch.equal(alone[0], plain[0])
+    pulled = taken(distance, adversaries, **more)
+    assert "discriminator_features" in pulled[1].terms
     assert not torch.equal(plain[0], pulled[0])
+
+
+def test_an_adversary_begins_at_its_part_of_the_run(distance):
+    adversaries = {"features": Adversary(FeatureDiscriminator([6, 8], width=4))}
+    more = {"perceptual": 1.0, "adversarial": 0.5, "judge": "features", "adversarial_from": 0.4}
+    _, early = taken(distance, adversaries, done=0.39, **more)
+    assert "discriminator_features" not in early.terms
+    assert adversaries["features"].learned == 0
+    _, late = taken(distance, adversaries, done=0.4, **more)
+    assert "discriminator_features" in late.terms
+
+
+def test_two_adversaries_pull_each_with_its_part(distance, picture):
+    """Of a regression's gradient of length 1 each adds half the share, whatever its own length."""
+    weights = [
+        torch.randn(picture.shape, generator=torch.Generator().manual_seed(n)) for n in (1, 2)
+    ]
+    x = picture.clone().requires_grad_()
+    losses = [1000 * (weights[0] * x).sum(), 1e-3 * (weights[1] * x).sum()]
+    own = torch.full_like(x, float(x.numel()) ** -0.5)
+    found = balanced((own * x).sum(), losses, x, 0.5) - own
+    wanted = sum(0.25 * w / w.norm() for w in weights)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_clean_pairs_are_spared_the_pull(distance, picture):
+    x = picture[:2].clone().requires_grad_()
+    regression, adversarial = x.square().mean(), [(x * x.detach().flip(-2)).sum()]
+    whole = balanced(regression, adversarial, x, 0.5)
+    spared = balanced(regression, adversarial, x, 0.5, torch.tensor([1.0, 0.0]))
+    alone = torch.autograd.grad(x.square().mean(), x)[0]
+    torch.testing.assert_close(spared[0], whole[0])
+    torch.testing.assert_close(spared[1], alone[1])
+    # The same weights reach it through the batch.
+    judge = FeatureDiscriminator([6, 8], width=4)
+    more = {
+        "perceptual": 1.0,
+        "adversarial": 0.5,
+        "judge": "features",
+        "clean_pull": 0.0,
+        "alone": 0,
+    }
+    clean = {"clean": torch.tensor([True, True])}
+    pulled, _ = taken(distance, {"features": Adversary(judge)}, parts=clean, **more)
+    assert torch.allclose(pulled, taken(distance, perceptual=1.0)[0], rtol=1e-4, atol=1e-7)
 
 
 def test_windows_lie_at_the_same_place_of_every_picture_and_at_all_places():

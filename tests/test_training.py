@@ -190,7 +190,7 @@ def test_the_adversarial_pull_has_its_share_of_the_regression_s():
     torch.manual_seed(0)
     y, a, b = torch.randn(3, 5)
     y.requires_grad_()
-    pull = balanced((y * a).sum(), 100 * (y * b).sum(), y, 0.3)
+    pull = balanced((y * a).sum(), [100 * (y * b).sum()], y, 0.3)
     torch.testing.assert_close(pull, a + 0.3 * a.norm() / b.norm() * b)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from train.recipe import SettingsError
 from train.run import Average, Run, TrainingError, rate, step_generator
 from train.sheets import eight_bit, write_sheet
 from train.tiny.adversary import Adversary, Discriminator, FeatureDiscriminator
-from train.tiny.fresh import Fresh, Scales, taught
+from train.tiny.fresh import Fresh, Scales, moved, reused, taught
 from train.tiny.networks import autocast, export, initial, new_network, save_weights, tiny_config
 from train.tiny.perceptual import Perceptual, efficientnet_lite0
 from train.tiny.settings import FREE, Settings
@@ -87,7 +88,7 @@ class FreshData:
     """Pairs made as training goes; a deferred teacher runs on the device, a batch at a time."""
 
     def __init__(self, settings: Settings, device: torch.device):
-        self.settings = settings
+        self.settings, self.device = settings, device
         self.teacher = self.later = None
         if settings.teacher and settings.teacher_later:
             half = settings.precision != "fp32"
@@ -130,8 +131,11 @@ class FreshData:
     def batches(self, first: int) -> Iterator[dict[str, Tensor]]:
         """Batches of the steps after `first`."""
         s = self.settings
-        made = self.pairs.batches(first * s.batch, s.batch, workers=s.workers)
-        return map(self.whole, made)
+        made = self.pairs.batches(first // s.reuse * s.batch, s.batch, workers=s.workers)
+        whole = (moved(self.whole(batch), self.device) for batch in made)
+        if s.reuse == 1:
+            return whole
+        return reused(whole, reuse=s.reuse, held=s.held, seed=s.seed, first=first)
 
 
 # ---- the run ----
@@ -145,25 +149,25 @@ def beginning(settings: Settings) -> Unfolded:
     return new_network(tiny_config(), vae, settings.seed)
 
 
-def adversary(
+def adversaries(
     settings: Settings, perceptual: Perceptual | None, device: torch.device
-) -> Adversary | None:
-    """The discriminator that the settings ask for, with the weights of `init`'s where it has one."""
-    s = settings
-    if not s.adversarial:
-        return None
-    torch.manual_seed(s.seed)
-    if s.judge == "features":
-        maps = perceptual.maps(torch.zeros(1, 3, 64, 64, device=device))
-        judge: nn.Module = FeatureDiscriminator([m.shape[1] for m in maps], s.judge_width)
-    else:
-        judge = Discriminator(s.judge_width)
-    judge.to(device)
-    if s.init and (earlier := Path(s.init) / "state.pt").exists():
-        found = torch.load(earlier, map_location="cpu", weights_only=True).get("discriminator")
-        if found is not None:
-            judge.load_state_dict(found)
-    return Adversary(judge)
+) -> dict[str, Adversary]:
+    """The discriminators that the settings ask for, with the weights of `init`'s where it has one."""
+    s, found, earlier = settings, {}, {}
+    if s.init and s.judges and (path := Path(s.init) / "state.pt").exists():
+        earlier = torch.load(path, map_location="cpu", weights_only=True)
+    for kind in s.judges:
+        torch.manual_seed(s.seed)
+        if kind == "features":
+            maps = perceptual.maps(torch.zeros(1, 3, 64, 64, device=device))
+            judge: nn.Module = FeatureDiscriminator([m.shape[1] for m in maps], s.judge_width)
+        else:
+            judge = Discriminator(s.judge_width)
+        judge.to(device)
+        if state := earlier.get(f"adversary_{kind}"):
+            judge.load_state_dict(state["discriminator"])
+        found[kind] = Adversary(judge)
+    return found
 
 
 class Training:
@@ -174,15 +178,21 @@ class Training:
         self.run, self.device = run, device
         self.data = ShardData(s) if s.data else FreshData(s, device)
         self.fixed = self.data.fixed()
-        perceptual = efficientnet_lite0().to(device) if s.perceptual else None
+        perceptual = None
+        if s.perceptual:
+            perceptual = efficientnet_lite0().to(device)
+            if device.type == "cuda" and s.precision_features == "bf16":
+                perceptual.order = torch.channels_last
+                perceptual.to(memory_format=torch.channels_last)
         self.network = beginning(s).to(device, memory_format=torch.channels_last)
         groups = self.trained()
         self.parameters = [p for group in groups for p in group]
         groups = [{"params": group} for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-3)
+        options = {"betas": (0.9, 0.99), "weight_decay": 1e-3, "fused": device.type == "cuda"}
+        self.optimizer = torch.optim.AdamW(groups, **options)
         self.average = Average(self.network, s.ema)
-        self.judge = adversary(s, perceptual, device)
-        self.objective = Objective(s, self.network, perceptual, self.judge)
+        self.adversaries = adversaries(s, perceptual, device)
+        self.objective = Objective(s, self.network, perceptual, self.adversaries)
 
     def trained(self) -> list[list[nn.Parameter]]:
         """Parameters of the autoencoder, and of the UNet."""
@@ -202,28 +212,39 @@ class Training:
             "network": self.network,
             "optimizer": self.optimizer,
             "average": self.average,
-            **(self.judge.parts() if self.judge else {}),
+            **{f"adversary_{kind}": found for kind, found in self.adversaries.items()},
         }
 
     def step(self, number: int, batch: dict[str, Tensor]) -> dict[str, float]:
         """Step `number` (from 1); what was measured."""
         s = self.settings
+        timed = s.schedule == "cosine_by_time"
+        spent = self.run.spent()
         for group, peak in zip(self.optimizer.param_groups, (s.lr_vae, s.lr), strict=True):
-            group["lr"] = rate(peak, number - 1, kind=s.schedule, warmup=s.warmup, steps=s.steps)
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+            group["lr"] = rate(
+                peak,
+                number - 1,
+                kind="cosine" if timed else s.schedule,
+                warmup=s.warmup,
+                steps=s.steps,
+                done=spent if timed else None,
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        context = autocast(self.device, s.precision)
-        taken = self.objective.take(batch, number, context)
+        taken = self.objective.take(
+            moved(batch, self.device),
+            number,
+            autocast(self.device, s.precision),
+            autocast(self.device, s.precision_features),
+            done=spent if timed else (number - 1) / s.steps,
+        )
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        if self.run.accept(taken.loss):
+        found = {"loss": taken.loss, "gradient": norm, "spread": taken.spread, **taken.terms}
+        # A card is waited for once a step.
+        values = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        if self.run.accept(values["loss"]):
             self.optimizer.step()
             self.average.update()
-        return {
-            "loss": float(taken.loss),
-            "gradient": float(norm),
-            "spread": taken.spread,
-            **taken.terms,
-        }
+        return values
 
     # ---- what it yields ----
 
@@ -286,10 +307,16 @@ def train(
     training = Training(settings, run, choose_device(device))
     step = first = run.load_parts(state, **training.parts())
     batches = training.data.batches(first)
+    waited, at = 0.0, time.perf_counter()
     for step in run.steps(first, settings.steps, images=settings.batch):
-        values = training.step(step, next(batches))
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        values = training.step(step, batch)
         if step % LOG_EVERY == 0:
-            run.log(step, **values)
+            now = time.perf_counter()
+            run.log(step, **values, waiting=waited / (now - at))
+            waited, at = 0.0, now
         if step % settings.save_every == 0 or step == settings.steps:
             run.say(f"step {step}: {training.look(step)}")
             training.save(step)
@@ -302,7 +329,7 @@ def plan(settings: Settings) -> str:
     s = settings
     with torch.device("meta"):
         networks: dict[str, nn.Module] = {"autoencoder": VAE(TINY_VAE), "UNet": UNet(TINY_UNET)}
-        if s.adversarial and s.judge == "patch":
+        if "patch" in s.judges:
             networks["discriminator"] = Discriminator(s.judge_width)
     return memory.plan(networks, steps=s.steps, batch=s.batch, crop=s.crop)
 

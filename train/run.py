@@ -63,7 +63,7 @@ class Run:
         # Whether the state on disk is of a time when no loss stood out.
         self.good = False
         self.world = 1 if processes is None else processes.count
-        self.asked, self.until = False, math.inf
+        self.asked, self.began, self.until = False, time.monotonic(), math.inf
         self.saved_at = time.monotonic()
         self.bar: tqdm | None = None
         self.alone(lambda: self._open(json.loads(json.dumps(config)), {*free, *accept}))
@@ -91,7 +91,8 @@ class Run:
 
     def catch_signals(self, hours: float = 0.0) -> None:
         """Let Ctrl-C, a polite kill, and the end of so many hours finish the step in hand and save."""
-        self.until = time.monotonic() + 3600 * hours if hours else math.inf
+        self.began = time.monotonic()
+        self.until = self.began + 3600 * hours if hours else math.inf
 
         def handler(*_: Any) -> None:
             self.asked = True
@@ -249,6 +250,10 @@ class Run:
         asked = self.asked or time.monotonic() > self.until
         return asked if self.processes is None else self.processes.any(asked)
 
+    def spent(self) -> float:
+        """The part of its hours that is over, 0 to 1; 0 where it has no end."""
+        return min(1.0, (time.monotonic() - self.began) / (self.until - self.began))
+
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.writes:
@@ -273,7 +278,11 @@ class Average:
         self, module: nn.Module, decay: float, *, device: str | None = None, every: int = 1
     ):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.ema = _Ema(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
+        # One kernel for all on a card, where a launch costs more than the sum.
+        at_once = bool(self.parameters) and self.parameters[0].is_cuda and not device
+        self.ema = _Ema(
+            self.parameters, decay=decay, use_ema_warmup=True, power=0.75, foreach=at_once
+        )
         self.ema.every = every
         self.device = device
         if device:
@@ -314,14 +323,17 @@ def rate(
     kind: Literal["constant_with_warmup", "cosine"],
     warmup: int,
     steps: int,
+    done: float | None = None,
 ) -> float:
     """Learning rate of step `number` (from 0) of `steps`: it rises linearly over the first `warmup`
-    steps, none of which has none, then stays, or falls to zero like a cosine."""
+    steps, none of which has none, then stays, or falls to zero like a cosine. done: part of the run
+    that is over, where that is not counted in steps."""
     if number < warmup:
         return peak * ((number + 1) / warmup)
     if kind == "constant_with_warmup":
         return peak
-    done = (number - warmup) / max(1, steps - warmup)
+    if done is None:
+        done = (number - warmup) / max(1, steps - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

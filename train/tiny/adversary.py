@@ -84,12 +84,24 @@ class Adversary:
     def __init__(self, discriminator: Discriminator | FeatureDiscriminator):
         self.discriminator = discriminator
         self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
+        # Steps that it has taken.
+        self.learned = 0
 
-    def parts(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a run's state holds of it."""
-        return {"discriminator": self.discriminator, "judge": self.optimizer}
+        return {
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "learned": self.learned,
+        }
 
-    def learn(self, result: View, real: View, source: View) -> float:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """KeyError, RuntimeError or ValueError for the state of another discriminator."""
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.learned = state["learned"]
+
+    def learn(self, result: View, real: View, source: View) -> Tensor:
         """One step of the discriminator; its loss."""
         told = self.discriminator(real, source), self.discriminator(_detached(result), source)
         pairs = zip(*told, strict=True)
@@ -97,7 +109,8 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return float(loss.detach())
+        self.learned += 1
+        return loss.detach()
 
     def fooled(self, result: View, real: View, source: View, *, matching: float) -> Tensor:
         """What the network lowers; matching: weight of the discriminator's own maps (pictures)."""
@@ -116,12 +129,12 @@ def _detached(view: View) -> View:
 
 def discriminator_loss(target: Tensor, result: Tensor) -> Tensor:
     """Hinge loss of logits: target's above 1, the network's below -1."""
-    return (F.relu(1 - target).mean() + F.relu(1 + result).mean()) / 2
+    return (F.relu(1 - target.float()).mean() + F.relu(1 + result.float()).mean()) / 2
 
 
 def generator_loss(result: Tensor) -> Tensor:
     """What the network lowers to be taken for the target."""
-    return -result.mean()
+    return -result.float().mean()
 
 
 def feature_matching(target: list[Tensor], result: list[Tensor]) -> Tensor:
@@ -133,13 +146,25 @@ def feature_matching(target: list[Tensor], result: list[Tensor]) -> Tensor:
     return torch.stack([F.l1_loss(r, t.detach()) for t, r in pairs]).mean()
 
 
-def balanced(regression: Tensor, adversarial: Tensor, picture: Tensor, share: float) -> Tensor:
-    """Gradient of both losses at the picture, the second scaled to `share` of the first's length.
+def balanced(
+    regression: Tensor,
+    adversarial: Sequence[Tensor],
+    pictures: Tensor,
+    share: float,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Gradient of all losses at the pictures b 3 h w, the adversaries' scaled to `share` of the
+    regression's length, each to the same part of it.
 
     VQGAN's rule (Eq. 7) with the result in the last layer's place: each loss is followed back once.
+    rows: [b], weight of the adversaries' pull on each picture, all 1 if not given.
     """
-    # Both losses may share what is behind them: kept for the second.
-    first = torch.autograd.grad(regression, picture, retain_graph=True)[0]
-    second = torch.autograd.grad(adversarial, picture)[0]
-    factor = first.float().norm() / (second.float().norm() + 1e-12)
-    return first + share * factor.clamp(max=1e4) * second
+    # The losses may share what is behind them: kept for the next one.
+    total = first = torch.autograd.grad(regression, pictures, retain_graph=True)[0]
+    for loss in adversarial:
+        pull = torch.autograd.grad(loss, pictures, retain_graph=True)[0]
+        factor = first.float().norm() / (pull.float().norm() + 1e-12)
+        if rows is not None:
+            pull = pull * rows.to(pull.dtype)[:, None, None, None]
+        total = total + share / len(adversarial) * factor.clamp(max=1e4) * pull
+    return total

@@ -7,6 +7,7 @@ on the options, the pictures and i alone, so a run resumes exactly.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gendr.resizing import resize
 from train import degrade, pairs, peers
+from train.run import step_generator
 
 # Below this scale a picture holds more than a teacher made for x4 would leave in it.
 TAUGHT = 2.5
@@ -58,7 +60,7 @@ class Scales:
 
 class Fresh(Dataset):
     """Item i: `hr` 3 c c and `input` 3 c c, the low-resolution picture as the network gets it
-    (enlarged by `gendr.resize`), both in [-1, 1], and the `scale`.
+    (enlarged by `gendr.resize`), both in [-1, 1], the `scale`, and whether it is `clean`.
 
     clean: share of pairs that are only reduced; the others follow `options.mix`.
     teacher: a frozen restorer; `teacher` 3 c c is then what it makes of a damaged picture at scales
@@ -98,6 +100,7 @@ class Fresh(Dataset):
         side = self.options.crop
         wide = torch.from_numpy(lr.copy()).permute(2, 0, 1)[None].float() / 255
         item = {"hr": hr, "input": 2 * resize(wide, (side, side))[0] - 1, "scale": scale}
+        item["clean"] = kind == "clean"
         if self.teacher is not None:
             taught = kind != "clean" and scale >= TAUGHT
             item["teacher"] = self.teacher.restore(lr[None], side)[0] if taught else hr
@@ -126,12 +129,67 @@ class Fresh(Dataset):
 
 def taught(batch: dict[str, Tensor], teacher: peers.Teacher) -> dict[str, Tensor]:
     """A batch of deferred pairs with its `teacher`, on the teacher's device."""
-    batch = {name: value.to(teacher.device) for name, value in batch.items()}
+    batch = moved(batch, teacher.device)
     rows, low = batch.pop("is_taught"), batch.pop("low")
     result = batch["hr"].clone()
     if rows.any():
         result[rows] = 2 * teacher(low[rows], result.shape[-1]) - 1
     return {**batch, "teacher": result}
+
+
+def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+class Pool:
+    """The last batches of pairs, from which steps draw theirs.
+
+    A pair is seen more than once, each time among others, turned and mirrored anew: damage that
+    knows directions (blocks, blur) stays damage.
+    """
+
+    def __init__(self, held: int):
+        """held: batches."""
+        self.held, self.added = held, 0
+        self.rows: dict[str, Tensor] = {}
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """In the oldest one's place."""
+        size = len(batch["hr"])
+        if not self.rows:
+            self.rows = {k: v.new_empty(self.held * size, *v.shape[1:]) for k, v in batch.items()}
+        at = self.added % self.held * size
+        for name, value in batch.items():
+            self.rows[name][at : at + size] = value
+        self.added += 1
+
+    def draw(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Rows at random, all turned and mirrored alike."""
+        held = len(self.rows["hr"]) // self.held * min(self.added, self.held)
+        rows = torch.randint(held, (size,), generator=generator).to(self.rows["hr"].device)
+        turns, mirrored = divmod(int(torch.randint(8, (1,), generator=generator)), 2)
+        batch = {}
+        for name, value in self.rows.items():
+            value = value.index_select(0, rows)
+            if value.ndim == 4:
+                value = torch.rot90(value.flip(-1) if mirrored else value, turns, (-2, -1))
+            batch[name] = value.contiguous()
+        return batch
+
+
+def reused(
+    batches: Iterator[dict[str, Tensor]], *, reuse: int, held: int, seed: int, first: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of the steps after `first`: a new one joins the pool every `reuse` steps.
+
+    A run that goes on begins with an empty pool, so it sees other pairs than one without a break.
+    """
+    pool = Pool(held)
+    for step in itertools.count(first + 1):
+        if not pool.added or step % reuse == 0:
+            pool.add(next(batches))
+        size = len(pool.rows["hr"]) // held
+        yield pool.draw(size, step_generator(seed, step))
 
 
 def _quiet(_: int) -> None:

@@ -60,6 +60,12 @@ class Settings:
     flat: float = setting(0.03, "share of empty paper among fresh pairs")
     weights: str = setting("", "chance of each source of pictures: SOURCE=FACTOR,...")
     workers: int = setting(0, "processes that make fresh pairs")
+    reuse: int = setting(
+        1,
+        "steps for each batch of fresh pairs: more than 1 where a card is quicker than the processes; "
+        "steps then draw from the last --held batches and turn and mirror what they get",
+    )
+    held: int = setting(64, "batches that lie on the device for that")
     autoencoder: str = setting("", "run folder of train.autoencoder to begin from")
     init: str = setting(
         "",
@@ -79,10 +85,15 @@ class Settings:
         False, "keep the latent: a base that was trained in it still fits"
     )
     warmup: int = setting(250, "steps of linear warm-up")
-    schedule: Literal["cosine", "constant_with_warmup"] = setting(
-        "cosine", "constant for a stretch whose end is not known yet"
+    schedule: Literal["cosine", "cosine_by_time", "constant_with_warmup"] = setting(
+        "cosine",
+        "cosine_by_time: over --hours instead of --steps, where the end is known and the speed is "
+        "not; constant for a stretch whose end is not known yet",
     )
     precision: Literal["bf16", "fp32"] = setting("bf16", PRECISION)
+    precision_features: Literal["bf16", "fp32"] = setting(
+        "fp32", "of the perceptual network and the discriminators"
+    )
     teacher_share: float = setting(0.85, "of the pixel loss; the rest is to the clean crop")
     gradient: float = setting(0.5, "weight of the edge term")
     grid: float = setting(
@@ -103,8 +114,14 @@ class Settings:
         "targets, or else hr",
     )
     matching: float = setting(0.0, "weight of the discriminator's features: 1")
-    judge: Literal["patch", "features"] = setting(
-        "patch", "the discriminator sees pixels, or the features of --perceptual"
+    adversarial_from: float = setting(
+        0.0, "share of the run, of its steps or its hours, before any discriminator begins"
+    )
+    clean_pull: float = setting(
+        1.0, "part of the discriminator's pull that reaches clean fresh pairs, which need it least"
+    )
+    judge: Literal["patch", "features", "both"] = setting(
+        "patch", "the discriminator sees pixels, or the features of --perceptual; both: one of each"
     )
     judge_width: int = setting(32, "of the discriminator")
     alone: int = setting(100, "steps that the discriminator learns alone first")
@@ -125,13 +142,19 @@ class Settings:
                 "fresh pairs need --teacher for --teacher-share above 0 or --real teacher, and only "
                 "then"
             )
-        if self.judge == "features" and self.adversarial and not self.perceptual:
+        if self.judge != "patch" and self.adversarial and not self.perceptual:
             raise ValueError(
-                "--judge features looks at what --perceptual computes: give it a weight"
+                f"--judge {self.judge} looks at what --perceptual computes: give it a weight"
             )
+        if self.schedule == "cosine_by_time" and not self.hours:
+            raise ValueError("--schedule cosine_by_time needs --hours: it falls to zero over them")
+        if self.reuse < 1 or self.held < 1:
+            raise ValueError("--reuse and --held are at least 1")
+        if self.reuse > 1 and not self.pictures:
+            raise ValueError("--reuse is for fresh pairs: give --pictures, or leave it at 1")
         if self.judge == "features" and self.matching:
             raise ValueError(
-                "--matching compares features of --judge patch; --perceptual does it here"
+                "--matching compares features of --judge patch or both; --perceptual does it here"
             )
         if bool(self.autoencoder) == bool(self.init):
             raise ValueError(
@@ -142,6 +165,18 @@ class Settings:
     def taught(self) -> bool:
         """Whether batches must hold a teacher's results."""
         return bool(self.teacher_share) or self.real == "teacher"
+
+    @property
+    def judges(self) -> tuple[Literal["patch", "features"], ...]:
+        """The discriminators that there are."""
+        if not self.adversarial:
+            return ()
+        return ("patch", "features") if self.judge == "both" else (self.judge,)
+
+    @property
+    def compared(self) -> tuple[Literal["hr", "teacher"], ...]:
+        """The parts of a batch that the features of a result are compared with."""
+        return ("hr", "teacher") if self.perceptual_to == "both" else (self.perceptual_to,)
 
     @property
     def truth(self) -> Literal["teacher", "hr"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from gendr.networks.onestep import Unfolded
 from train.pixels import grid_loss, pixel_loss
 from train.run import step_generator
-from train.tiny.adversary import Adversary, balanced
+from train.tiny.adversary import Adversary, View, balanced
 from train.tiny.perceptual import Perceptual, shifted
 from train.tiny.settings import Settings
 
@@ -24,12 +25,12 @@ class Taken:
     """
 
     loss: Tensor
-    spread: float
-    terms: dict[str, float]
+    spread: Tensor
+    terms: dict[str, Tensor]
 
 
 class Objective:
-    """Regression to the clean crop and the teacher's result, features, grid, and an adversary.
+    """Regression to the clean crop and the teacher's result, features, grid, and adversaries.
 
     A share of every batch goes through the autoencoder alone.
     """
@@ -39,10 +40,11 @@ class Objective:
         settings: Settings,
         network: Unfolded,
         perceptual: Perceptual | None,
-        adversary: Adversary | None,
+        adversaries: Mapping[str, Adversary],
     ):
+        """adversaries: by what they look at, `patch` or `features`."""
         self.settings, self.network = settings, network
-        self.perceptual, self.adversary = perceptual, adversary
+        self.perceptual, self.adversaries = perceptual, adversaries
 
     @property
     def share(self) -> int:
@@ -60,61 +62,93 @@ class Objective:
         y = network.decode(torch.cat([network.step(z_l), z_plain]))
         return y[: len(x)], y[len(x) :], plain
 
-    def regression(self, y: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The part of the loss that compares pixels."""
+    def regression(self, y: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the loss that compares pixels, and its terms."""
         s = self.settings
         loss = (1 - s.teacher_share) * pixel_loss(y, batch["hr"], gradient=s.gradient)
         if s.teacher_share:
             term = pixel_loss(y, batch["teacher"], gradient=s.gradient)
             loss = loss + s.teacher_share * term
-        terms = {"pixel": float(loss.detach())}
+        terms = {"pixel": loss.detach()}
         if s.grid:
             term = grid_loss(y, batch["hr"])
-            terms["grid"] = float(term.detach())
+            terms["grid"] = term.detach()
             loss = loss + s.grid * term
         return loss, terms
 
-    def take(self, batch: dict[str, Tensor], step: int, context: AbstractContextManager) -> Taken:
-        """Loss and gradients of step `step` (from 1); the adversary learns on the way.
+    def windows(self, y: Tensor, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What features and adversaries see: the same window of `result` and of its batch."""
+        s = self.settings
+        names = list(dict.fromkeys((s.truth, "input", *s.compared)))
+        pictures = (y.float(), *(batch[name] for name in names))
+        found = shifted(*pictures, generator=step_generator(s.seed, step))
+        return dict(zip(("result", *names), found, strict=True))
 
-        context: in which the network runs.
+    def maps(self, seen: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """The perceptual network's maps of the windows that are needed."""
+        s, perceptual = self.settings, self.perceptual
+        wanted = set(s.compared)
+        if "features" in self.adversaries:
+            wanted |= {s.truth, "input"}
+        found = {"result": perceptual.maps(seen["result"])}
+        with torch.no_grad():
+            return found | {name: perceptual.maps(seen[name]) for name in wanted}
+
+    def judged(
+        self, views: Mapping[str, Mapping[str, View]], terms: dict[str, Tensor]
+    ) -> list[Tensor]:
+        """The adversaries learn; the losses of those that pull already."""
+        s, fooled = self.settings, []
+        for kind, adversary in self.adversaries.items():
+            view = [views[kind][name] for name in ("result", s.truth, "input")]
+            terms[f"discriminator_{kind}"] = adversary.learn(*view)
+            if adversary.learned > s.alone:
+                matching = s.matching if kind == "patch" else 0.0
+                fooled.append(adversary.fooled(*view, matching=matching))
+        return fooled
+
+    def take(
+        self,
+        batch: dict[str, Tensor],
+        step: int,
+        context: AbstractContextManager,
+        looking: AbstractContextManager,
+        *,
+        done: float = 0.0,
+    ) -> Taken:
+        """Loss and gradients of step `step` (from 1); the adversaries learn on the way.
+
+        context: in which the network runs; looking: in which the features and the adversaries do.
+        done: part of the run that is over, 0 to 1.
         """
-        s, perceptual, adversary = self.settings, self.perceptual, self.adversary
+        s = self.settings
         with context:
             y, y_plain, plain = self.generate(batch, step)
         loss, terms = self.regression(y, batch)
-        views = (y.float(), batch[s.truth], batch["input"])
-        if perceptual is not None:
-            names = ("hr", "teacher") if s.perceptual_to == "both" else (s.perceptual_to,)
-            generator = step_generator(s.seed, step)
-            (*looked,) = shifted(
-                y, batch[s.truth], batch["input"], *(batch[n] for n in names), generator=generator
-            )
-            shown = perceptual.maps(looked[0])
-            with torch.no_grad():
-                wanted = [perceptual.maps(target) for target in looked[3:]]
-            term = torch.stack([perceptual.distance(shown, maps) for maps in wanted]).mean()
-            terms["perceptual"] = float(term.detach())
-            loss = loss + s.perceptual * term
-            if adversary is not None and s.judge == "features":
-                with torch.no_grad():
-                    source, real = perceptual.maps(looked[2]), perceptual.maps(looked[1])
-                views = (shown, real, source)
-        pull = None
-        if adversary is not None:
-            terms["discriminator"] = adversary.learn(*views)
-            if step > s.alone:
-                fooled = adversary.fooled(*views, matching=s.matching)
-                pull = balanced(loss, fooled, y, s.adversarial)
+        fooled: list[Tensor] = []
+        if self.perceptual is not None or self.adversaries:
+            seen, maps = self.windows(y, batch, step), {}
+            with looking:
+                if self.perceptual is not None:
+                    maps = self.maps(seen)
+                    found = [self.perceptual.distance(maps["result"], maps[n]) for n in s.compared]
+                    term = torch.stack(found).mean()
+                    terms["perceptual"] = term.detach()
+                    loss = loss + s.perceptual * term
+                if done >= s.adversarial_from:
+                    fooled = self.judged({"patch": seen, "features": maps}, terms)
         rest = y.new_zeros(())
         if self.share:
             rest = s.autoencode * pixel_loss(y_plain, plain, gradient=s.gradient)
-        if pull is None:
+        if not fooled:
             (loss + rest).backward()
-        elif self.share:
-            torch.autograd.backward([y, rest], [pull, None])
         else:
-            y.backward(pull)
-        with torch.no_grad():
-            spread = float(y.detach().float().std())
-        return Taken(loss.detach(), spread, terms)
+            rows = None
+            if "clean" in batch:
+                rows = torch.where(batch["clean"], s.clean_pull, 1.0)
+            pull = balanced(loss, fooled, y, s.adversarial, rows)
+            if self.share:
+                torch.autograd.backward([y, rest], [pull, None])
+            else:
+                y.backward(pull)
+        return Taken(loss.detach(), y.detach().float().std(), terms)
