@@ -34,10 +34,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rig.ComfyUI]:
     base = tmp_path_factory.mktemp("comfyui")
     host = rig.ComfyUI(base)
     shutil.copy(Path(__file__).parent / "probe_nodes.py", base / "custom_nodes")
-    # Under the name that the templates have, but small: the real one would take minutes here.
+    # Under the name that the templates have, but small.
     example = Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png"
     with Image.open(example) as picture:
-        small = picture.convert("RGB").resize((72, 72), Image.Resampling.LANCZOS)
+        side = (rig.EXAMPLE, rig.EXAMPLE)
+        small = picture.convert("RGB").resize(side, Image.Resampling.LANCZOS)
     small.save(base / "input" / "example.png")
     rig.write_clip(base / "input" / "clip.mp4")
     rig.write_models(base / "models" / "gendr")

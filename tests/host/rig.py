@@ -34,9 +34,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 API_COPIES = sorted((ROOT / "tests" / "api").glob("*.json"))
 SAVED = sorted((ROOT / "tests" / "saved").glob("*.json"))
+# The templates of earlier releases, each in a folder of its own, as graphs and in API format.
+OLD_TEMPLATES = sorted((ROOT / "tests" / "saved").glob("*/workflows/*.json"))
+OLD_API_COPIES = sorted((ROOT / "tests" / "saved").glob("*/api/*.json"))
 MODEL, SECOND = "random.safetensors", "second.safetensors"
 # What is in a checkout but not in a pack, and is large or would be loaded for nothing.
 NOT_INSTALLED = shutil.ignore_patterns(".*", "__pycache__", "runs", "datasets", "*.egg-info")
+# Side of the example picture that the templates load; the real one would take minutes here.
+EXAMPLE = 72
 START_SECONDS = 600
 RUN_SECONDS = 300
 
@@ -192,6 +197,25 @@ class Result:
             query = urllib.parse.urlencode({k: image[k] for k in ("filename", "subfolder", "type")})
             found.append(np.asarray(Image.open(io.BytesIO(self.server.get(f"/view?{query}")))))
         return found
+
+
+def without_diffusion(prompt: dict) -> dict:
+    """The same graph where an ordinary picture takes a decoded one's place: it needs no checkpoint."""
+    picture = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
+    return {k: picture if n["class_type"] == "VAEDecode" else n for k, n in prompt.items()}
+
+
+def sizes(prompt: dict, result: Result) -> tuple[set, tuple]:
+    """Shapes of the pictures that a template saved, and what its scale makes of the example."""
+    savers = [k for k, n in prompt.items() if n["class_type"] == "SaveImage"]
+    scale = next(n["inputs"]["scale"] for n in prompt.values() if "scale" in n["inputs"])
+    shapes = {picture.shape for saver in savers for picture in result.pictures(saver)}
+    return shapes, (int(EXAMPLE * scale), int(EXAMPLE * scale), 3)
+
+
+def release_of(path: Path) -> str:
+    """Of an old template, its release and its name."""
+    return f"{path.parents[1].name} {path.stem}"
 
 
 def write_models(folder: Path) -> None:

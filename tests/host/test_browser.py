@@ -87,6 +87,12 @@ PLACE = """([type, name]) => {
   return [x + frame.left, y + frame.top];
 }"""
 
+# Nodes of the page, where the front end makes them of HTML: their titles and frames.
+FRAMES = """() => [...document.querySelectorAll('.lg-node[data-node-id]')].map(e => {
+  const r = e.getBoundingClientRect();
+  return [e.innerText.split('\\n')[0], r.left, r.top, r.right, r.bottom];
+})"""
+
 # What the front end's own search offers for some words, best first: [name, title].
 FOUND = """words => {
   const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
@@ -216,6 +222,21 @@ def test_runs_and_gives_the_library_s_pixels(server, page, path):
         assert (np.floor(expected) != picture).mean() < 0.01
 
 
+@pytest.mark.parametrize("path", rig.OLD_TEMPLATES, ids=rig.release_of)
+def test_templates_of_earlier_releases_ask_for_the_same_and_run(server, page, path):
+    load(page, path)
+    look(page, f"{path.stem} of {path.parents[1].name}")
+    assert page.evaluate(FAULTS) == []
+    asked = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    copy = json.loads((path.parents[1] / "api" / path.name).read_text(encoding="utf-8"))
+    for number, node in copy.items():
+        assert node["inputs"].items() <= asked[number]["inputs"].items()
+    result = server.run(rig.without_diffusion(asked))
+    assert result.status == "success", result.error
+    shapes, wanted = rig.sizes(asked, result)
+    assert shapes == {wanted}
+
+
 @pytest.mark.parametrize("path", rig.SAVED, ids=lambda p: p.stem)
 def test_graphs_of_earlier_releases_open_with_their_values(server, page, path):
     """The front end gives values to widgets by position, and defaults to those that came later."""
@@ -290,3 +311,25 @@ def test_a_failing_node_says_why(server, page):
     look(page, "error")
     assert result.status == "error"
     assert "cut" in result.error
+
+
+@pytest.fixture(scope="module")
+def modern(server, page):
+    """The same page with Nodes 2.0, the default of new installations: for the last tests here."""
+    server.post("/settings", {"Comfy.VueNodes.Enabled": True})
+    open_front_end(page, server)
+    yield page
+    server.post("/settings", {"Comfy.VueNodes.Enabled": False})
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+def test_with_nodes_of_html_none_covers_another(modern, path):
+    load(modern, path)
+    look(modern, f"{path.stem} Nodes 2.0")
+    frames = modern.evaluate(FRAMES)
+    if not frames:
+        pytest.skip("this front end draws its nodes")
+    assert len(frames) == len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    for number, (name, left, top, right, bottom) in enumerate(frames):
+        for other, x0, y0, x1, y1 in frames[:number]:
+            assert left >= x1 or right <= x0 or top >= y1 or bottom <= y0, (name, other)
