@@ -155,14 +155,16 @@ def test_pixel_loss_sees_edges():
 
 
 def test_grid_loss_sees_a_pattern_of_cells_and_nothing_else():
-    target = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    tile = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
-    tile = tile - tile.mean()
-    grid = tile.repeat(16, 16)
-    # A pattern is measured by its own mean height, whatever the picture below it.
-    assert float(grid_loss(target + grid, target)) == pytest.approx(float(tile.abs().mean()), 1e-5)
-    # A change that is the same at every place of a cell is none: here one step per window of 32 px.
-    flat = torch.randn(2, 3, 2, 2).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    target = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    for cell in (4, 8):
+        tile = torch.randn(cell, cell, generator=torch.Generator().manual_seed(1))
+        tile = tile - tile.mean()
+        grid = tile.repeat(128 // cell, 128 // cell)
+        # A pattern is measured by its own mean height, whatever the picture below it.
+        height = float(tile.abs().mean())
+        assert float(grid_loss(target + grid, target)) == pytest.approx(height, 1e-5)
+    # A change that is the same at every place of a cell is none: here one step per window of 64 px.
+    flat = torch.randn(2, 3, 2, 2).repeat_interleave(64, 2).repeat_interleave(64, 3)
     assert float(grid_loss(target + flat, target)) < 1e-6
 
 

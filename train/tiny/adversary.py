@@ -105,6 +105,12 @@ class Adversary:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learned = state["learned"]
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step of it changes, where it lies."""
+        judge, states = self.discriminator, self.optimizer.state.values()
+        held = [value for state in states for value in state.values()]
+        return [*judge.parameters(), *judge.buffers(), *(v for v in held if isinstance(v, Tensor))]
+
     def learn(self, result: View, real: View, source: View) -> Tensor:
         """One step of the discriminator; its loss."""
         told = self.discriminator(real, source), self.discriminator(_detached(result), source)

@@ -97,7 +97,7 @@ class Settings:
     teacher_share: float = setting(0.85, "of the pixel loss; the rest is to the clean crop")
     gradient: float = setting(0.5, "weight of the edge term")
     grid: float = setting(
-        0.0, "weight of the pattern of 4 px that the decoder's cells leave in the error: 1"
+        0.0, "weight of the pattern of 8 px that the decoder's cells leave in the error: 2"
     )
     perceptual: float = setting(0.0, "weight of the distance of EfficientNet-Lite0's features: 1")
     perceptual_to: Literal["hr", "teacher", "both"] = setting(
