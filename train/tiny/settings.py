@@ -106,7 +106,7 @@ class Settings:
     autoencode: float = setting(0.25, "share of the batch that goes through the autoencoder alone")
     adversarial: float = setting(
         0.0,
-        "pull of the discriminator relative to the regression, for the last stretch: 0.3",
+        "pull of the discriminators relative to the regression's, at the last layer: 0.5",
     )
     real: Literal["", "teacher", "hr"] = setting(
         "",
