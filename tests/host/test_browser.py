@@ -87,6 +87,13 @@ PLACE = """([type, name]) => {
   return [x + frame.left, y + frame.top];
 }"""
 
+# Whether new installations have Nodes 2.0; before that it was a trial with another layout.
+MODERN = """() => {
+  const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+  const setting = stores.get('setting').settingsById['Comfy.VueNodes.Enabled'];
+  return Boolean(setting && setting.defaultsByInstallVersion);
+}"""
+
 # Nodes of the page, where the front end makes them of HTML: their titles and frames.
 FRAMES = """() => [...document.querySelectorAll('.lg-node[data-node-id]')].map(e => {
   const r = e.getBoundingClientRect();
@@ -145,6 +152,8 @@ def open_graph(page, graph, name):
     missing = page.evaluate(
         "g => g.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])", graph
     )
+    if missing == ["ImageCompare"]:
+        pytest.skip("this ComfyUI has no ImageCompare")
     assert missing == []
     page.evaluate("([g, n]) => window.app.loadGraphData(g, true, true, n)", [graph, name])
     page.wait_for_timeout(1500)
@@ -264,7 +273,9 @@ def test_graphs_of_earlier_releases_open_with_their_values(server, page, path):
         *("deblur", "sharpen", "video upscale", "face restore"),
     ],
 )
-def test_the_search_offers_a_node_of_ours_in_its_first_lines(page, words):
+def test_the_search_offers_a_node_of_ours_in_its_first_lines(server, page, words):
+    if "search_aliases" not in server.get("/object_info/GenDRUpscale")["GenDRUpscale"]:
+        pytest.skip("this ComfyUI knows no other words for a node than its names")
     found = page.evaluate(FOUND, words)
     assert "GenDRUpscale" in [name for name, _ in found]
     assert [title for _, title in found[:FIRST_LINES] if "GenDR" in title], found[:FIRST_LINES]
@@ -316,6 +327,8 @@ def test_a_failing_node_says_why(server, page):
 @pytest.fixture(scope="module")
 def modern(server, page):
     """The same page with Nodes 2.0, the default of new installations: for the last tests here."""
+    if not page.evaluate(MODERN):
+        pytest.skip("this front end comes without Nodes 2.0")
     server.post("/settings", {"Comfy.VueNodes.Enabled": True})
     open_front_end(page, server)
     yield page
@@ -327,8 +340,6 @@ def test_with_nodes_of_html_none_covers_another(modern, path):
     load(modern, path)
     look(modern, f"{path.stem} Nodes 2.0")
     frames = modern.evaluate(FRAMES)
-    if not frames:
-        pytest.skip("this front end draws its nodes")
     assert len(frames) == len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
     for number, (name, left, top, right, bottom) in enumerate(frames):
         for other, x0, y0, x1, y1 in frames[:number]:
