@@ -9,6 +9,7 @@ import conftest
 import numpy as np
 import torch
 from conftest import NARROW, header, random_network
+from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
 from gendr.files import checkpoint
@@ -119,3 +120,8 @@ def states(folder):
     flat = {f"{n}.{k}": v for n, s in moments.items() for k, v in s.items()}
     shadow = {f"ema.{n}": v for n, v in enumerate(found["average"]["shadow_params"])}
     return found["network"] | flat | shadow | {"step": torch.tensor(found["step"])}
+
+
+def exported(folder):
+    """The tensors of a run's model.safetensors."""
+    return load_file(folder / "model.safetensors")

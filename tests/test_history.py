@@ -118,14 +118,26 @@ def test_an_average_every_few_steps_takes_their_decay(monkeypatch):
     each, seldom = Average(module, 0.9), Average(module, 0.9, every=4)
     for kept in (each, seldom):
         # Behind the warm-up, where the decay is the one asked for.
-        kept.ema.optimization_step = 10_000
+        kept.steps = 10_000
     nn.init.ones_(module.weight)
     for _ in range(8):
         each.update()
         seldom.update()
-    a, b = (float(k.ema.shadow_params[0]) for k in (each, seldom))
+    a, b = (float(k.shadow[0]) for k in (each, seldom))
     assert a == pytest.approx(1 - 0.9**8, rel=1e-5)
     assert b == pytest.approx(a, rel=1e-5)
+
+
+def test_an_average_begins_as_the_weights_and_forgets_more_slowly_with_every_step():
+    """The decay of step n is 1 - n^-.75, until that is more than the one asked for."""
+    module = nn.Linear(1, 1, bias=False)
+    kept, expected = Average(module, 0.6), 0.0
+    for n in range(1, 7):
+        nn.init.constant_(module.weight, n * n)
+        kept.update()
+        decay = min(0.6, 1 - n**-0.75)
+        expected = decay * expected + (1 - decay) * n * n
+        assert float(kept.shadow[0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_average_resumes_in_the_middle_of_its_steps():
@@ -139,7 +151,7 @@ def test_an_average_resumes_in_the_middle_of_its_steps():
             again = Average(module, 0.9, every=3)
             again.load_state_dict(part.state_dict())
             part = again
-    assert torch.equal(whole.ema.shadow_params[0], part.ema.shadow_params[0])
+    assert torch.equal(whole.shadow[0], part.shadow[0])
 
 
 @pytest.mark.parametrize("kind", ["constant_with_warmup", "cosine"])

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from train.processes import Processes
+
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train"
 
@@ -41,15 +43,35 @@ def test_rooms_that_do_not_know_each_other(room, others):
         assert not wrong, f"{path.name} imports {wrong}"
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2", "zero2_offload"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero2_offload"])
 def test_configurations_are_read_by_accelerate_and_leave_precision_to_the_scripts(name):
     path = TRAIN / "recipes" / f"{name}.yaml"
     config = load_config_from_file(str(path))
     assert config.num_processes == 8
     # A second autocast around the scripts' own would hand them bf16 weights.
     assert config.mixed_precision == "no"
-    assert (str(config.distributed_type.value) == "DEEPSPEED") == name.startswith("zero2")
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert str(config.distributed_type.value) == kinds.get(name, "DEEPSPEED")
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
     assert f"--config_file train/recipes/{name}.yaml -m train." in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("FSDP_VERSION", "1", "fsdp2.yaml"), ("FSDP_OFFLOAD_PARAMS", "true", "zero2_offload.yaml")],
+)
+def test_what_fsdp_can_not_do_here_is_refused_with_what_can(monkeypatch, name, value, said):
+    for key, word in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
+        monkeypatch.setenv(key, word)
+    with pytest.raises(ValueError, match=said):
+        Processes("cpu")
+
+
+def test_one_process_has_nothing_to_split(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert not Processes("cpu").sharded
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

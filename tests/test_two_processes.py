@@ -13,14 +13,15 @@ from two import run_two
 
 from train import cida, repa
 
-WORKER = """
-import json, sys, torch
+IMPORTS = """
+import contextlib, io, json, os, sys, torch
 sys.path[:0] = ["tests", "."]
 import stage1, stage2
 from train import cida, repa
 from train.processes import Processes, TrainingError
-
-folder, phases, iterations = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+"""
+WORKER = """
+folder, (phases, split, again, iterations) = sys.argv[1], json.loads(sys.argv[2])
 p = Processes("cpu")
 
 # What stops the first process stops all.
@@ -47,8 +48,17 @@ if p.first:
     torch.save(found, f"{folder}/stage2.pt")
 assert repa.main(phases) == 0
 assert cida.main(iterations) == 0
+
+# The same, as `accelerate launch --config_file train/recipes/fsdp2.yaml` would start it.
+os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+assert repa.main(split) == 0
+assert repa.main(again) == 0
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    assert cida.main(iterations) == 1
+assert "stage 2 can't be split by FSDP" in said.getvalue()
 """
-STAGE1 = {"phases": "full,refine", "steps": "1,1"}
+# A clip that every gradient is longer than.
+STAGE1 = {"phases": "adapt,refine", "steps": "1,1", "clip": 0.05}
 STAGE2 = {"steps": 2, "batch": 4, "micro_batch": 2, "validate_every": 9}
 
 
@@ -73,7 +83,10 @@ def found(tmp_path_factory):
     def stage2_words(name):
         return stage2.words(base, data[1], folder / f"stage2-{name}", **STAGE2)
 
-    run_two(WORKER, [folder, json.dumps(stage1_words("two")), json.dumps(stage2_words("two"))])
+    runs = [stage1_words("two"), stage1_words("split"), stage1_words("again"), stage2_words("two")]
+    # Split where two whole networks had stopped.
+    runs[2] += ["--state", str(folder / "stage1-two" / "state-previous.pt")]
+    run_two(IMPORTS, WORKER, [folder, json.dumps(runs)])
     return folder, stage1_words, stage2_words
 
 
@@ -85,19 +98,46 @@ def test_29_gradients_of_stage_1_are_those_of_one(found):
         assert float((mine - p.grad).abs().max()) <= 1e-10 * float(p.grad.abs().max() + 1e-3)
 
 
-def test_29_a_run_of_stage_1_is_that_of_one(found):
-    """The same log, and the same weights but for what Adam makes of rounding."""
+def weights(folder):
+    """All weights of a state as one vector."""
+    found = stage1.states(folder)
+    return torch.cat([v.flatten().double() for k, v in found.items() if k.startswith("network.")])
+
+
+@pytest.fixture(scope="module")
+def one(found):
+    """Folder of what one process makes of stage 1."""
     folder, words, _ = found
     assert repa.main(words("one")) == 0
-    one, two = folder / "stage1-one", folder / "stage1-two"
-    for a, b in zip(stage1.log(one), stage1.log(two), strict=True):
-        for name in {"loss", "diffusion", "gradient", "val_noise"} & set(a):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    flat = [
-        torch.cat([v.flatten().double() for k, v in s.items() if k.startswith("network.")])
-        for s in (stage1.states(one), stage1.states(two))
-    ]
-    assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 1e-5
+    return folder / "stage1-one"
+
+
+@pytest.mark.parametrize("name", ["two", "split", "again"])
+def test_29_a_run_of_stage_1_is_that_of_one(found, one, name):
+    """The same log, and the same weights but for what Adam makes of rounding: of two whole networks,
+    of one that FSDP splits, and of one that it splits from the second step on."""
+    other = found[0] / f"stage1-{name}"
+    logs = stage1.log(one), stage1.log(other)
+    for a, b in zip(logs[0][-len(logs[1]) :], logs[1], strict=True):
+        assert a["step"] == b["step"]
+        for key in {"loss", "diffusion", "gradient", "val_noise"} & set(a):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+    mine, whole = weights(other), weights(one)
+    assert float((mine - whole).norm() / whole.norm()) < 1e-5
+    files = stage1.exported(one), stage1.exported(other)
+    assert files[0].keys() == files[1].keys()
+    for key, value in files[0].items():
+        # In half precision.
+        assert torch.allclose(files[1][key].float(), value.float(), atol=2e-3), key
+
+
+def test_29_one_process_goes_on_where_a_split_run_has_stopped(found, one):
+    folder, words, _ = found
+    state = folder / "stage1-split" / "state-previous.pt"
+    assert torch.load(state, weights_only=True)["step"] == 1
+    assert repa.main([*words("on"), "--state", str(state)]) == 0
+    mine, whole = weights(folder / "stage1-on"), weights(one)
+    assert float((mine - whole).norm() / whole.norm()) < 1e-5
 
 
 def test_29_gradients_of_stage_2_are_those_of_one(found):

@@ -254,6 +254,13 @@ def train(
             "stage 2 trains four sets of weights in one step, which DeepSpeed can't: launch with "
             "train/recipes/ddp.yaml"
         )
+    if processes.sharded:
+        raise SettingsError(
+            "stage 2 can't be split by FSDP: generator and scores take their gradients one after "
+            "another from passes of their own, the scores on one frozen base, which FSDP would put "
+            "together and throw away for each of them. Launch with train/recipes/ddp.yaml; where a "
+            "card is too small: --ema-on-cpu --recompute --micro-batch 1, as single_gpu has it"
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(settings.seed)
     with processes.one_first():

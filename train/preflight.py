@@ -288,6 +288,9 @@ def steps_of_stage1(table: Table, s: repa.Settings, processes: Processes) -> Non
             s, phases=(phase.kind,), sizes=(phase.size,), micro_batch=(phase.micro_batch,), steps=(9,),
             lr=(phase.lr,), batch=phase.micro_batch * processes.count, workers=0, samples=1,
         )  # fmt: skip
+        if processes.sharded and len(seen) > 1:
+            # What is split once can't be split again.
+            foundation = Foundation.load(s, processes.device)
         with tempfile.TemporaryDirectory() as folder:
             run = Run(folder, {}, processes=processes)
             training = repa.Training(one, foundation, processes, run)

@@ -14,7 +14,12 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -38,16 +43,32 @@ class Processes:
         self.first = self.accelerator.is_main_process
         # Whether `accelerate launch` was given a DeepSpeed configuration.
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "FSDP is not supported: nothing would be split. Launch with train/recipes/ddp.yaml, or "
-                "where a card is too small with zero2.yaml (stage 1)"
-            )
         if (started := int(os.environ.get("WORLD_SIZE", "1"))) != self.count:
             raise ValueError(
                 f"started as one of {started} processes, but here they have no way to talk to each "
-                "other: launch with --cpu (and --device cpu), or where there are GPUs"
+                "other: where there are no GPUs give --device cpu (and accelerate launch no --cpu, which "
+                "starts one process)"
             )
+        # Whether to split the network: an FSDP configuration, and more than one process to split among.
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        self.reshard = True
+        if self.sharded:
+            self._read_fsdp()
+
+    def _read_fsdp(self) -> None:
+        """What the launch says about FSDP. accelerate itself looks at it on cards alone."""
+        plugin = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                "FSDP's first version is not supported: launch with train/recipes/fsdp2.yaml, or set "
+                "fsdp_version: 2"
+            )
+        if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+            raise ValueError(
+                "fsdp_offload_params is not supported: set it to false, or launch with "
+                "train/recipes/zero2_offload.yaml, which keeps the optimiser in the CPU's memory"
+            )
+        self.sharded, self.reshard = self.count > 1, plugin.reshard_after_forward
 
     def wait(self) -> None:
         """Until all are here."""

@@ -2,6 +2,7 @@
 
     python -m train.repa --recipe single_gpu --data PICTURES --out runs/repa
     accelerate launch -m train.repa --recipe paper ...      # several processes
+    accelerate launch --config_file train/recipes/fsdp2.yaml -m train.repa ...   # weights split among cards
     accelerate launch --config_file train/recipes/zero2_offload.yaml -m train.repa ...   # DeepSpeed
 
 A run goes through phases one after another: `adapt` trains only the new convolutions and the
@@ -44,7 +45,7 @@ from train.features import FeaturesError
 from train.processes import Processes
 from train.recipe import SettingsError
 from train.run import Average, Meter, Run, TrainingError, numbered, rate
-from train.stage1.engines import DeepSpeed, Plain
+from train.stage1.engines import DeepSpeed, Plain, Sharded
 from train.stage1.networks import Foundation
 from train.stage1.plan import plan
 from train.stage1.previews import Preview
@@ -62,11 +63,6 @@ class Training:
         self.settings, self.foundation = settings, foundation
         self.processes, self.run = processes, run
         s, phases = settings, settings.plan()
-        # Before DeepSpeed cuts the optimiser's state into pieces.
-        place = "cpu" if s.ema_on_cpu else None
-        self.average = None
-        if s.ema:
-            self.average = Average(foundation.denoiser, s.ema, device=place, every=s.ema_every)
         options = {
             "lr": phases[0].lr, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay,
         }  # fmt: skip
@@ -77,15 +73,28 @@ class Training:
                     "micro_batch one value and leave out adapt, or run each phase by itself"
                 )
             micro = phases[0].micro_batch
+            # Before DeepSpeed cuts the optimiser's state into pieces.
+            self.average = self.averaging()
             self.engine: Plain | DeepSpeed = DeepSpeed(
                 foundation.denoiser, options, s.clip, processes,
                 micro_batch=micro, accumulation=s.batch // (micro * processes.count),
             )  # fmt: skip
         else:
-            self.engine = Plain(foundation.denoiser, options, s.clip, processes)
+            kind = Sharded if processes.sharded else Plain
+            self.engine = kind(foundation.denoiser, options, s.clip, processes)
+            # Of the pieces, where the network is split now.
+            self.average = self.averaging()
         self.phase: Phase | None = None
         self.batches: Iterator[list[Batch]] = iter(())
         self.preview: Preview | None = None
+
+    def averaging(self) -> Average | None:
+        """The average of what is trained."""
+        s = self.settings
+        if not s.ema:
+            return None
+        place = "cpu" if s.ema_on_cpu else None
+        return Average(self.foundation.denoiser, s.ema, device=place, every=s.ema_every)
 
     def parts(self) -> dict[str, Any]:
         """What a state holds beside the engine's own."""
@@ -152,27 +161,34 @@ class Training:
 
     # ---- what it yields ----
 
-    def averaged(self) -> contextlib.AbstractContextManager:
-        """Context in which the network holds the averaged weights."""
-        return self.average.swapped() if self.average is not None else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the foundation's network is a whole one with the averaged weights; all
+        processes enter it, the first looks."""
+        trained = self.foundation.denoiser
+        with self.engine.whole(self.average) as self.foundation.denoiser:
+            try:
+                yield
+            finally:
+                self.foundation.denoiser = trained
 
     def finish(self, step: int, *, look: bool) -> str:
         """Save, and with the averaged weights look and export; what was seen, in words."""
         self.engine.save(self.run, step, **self.parts())
-        return self.run.alone(lambda: self._finish(step, look=look)) or ""
+        with self.averaged():
+            return self.run.alone(lambda: self._finish(step, look=look)) or ""
 
     @torch.no_grad()
     def _finish(self, step: int, *, look: bool) -> str:
         text = ""
-        with self.averaged():
-            if look and self.preview is not None:
-                values, sheets = self.preview.look(self.run.folder)
-                for sheet in sheets:
-                    numbered(sheet, self.run.folder / "sheets", step)
-                self.run.show(step, *sheets)
-                self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
-                text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
-            self.export(step)
+        if look and self.preview is not None:
+            values, sheets = self.preview.look(self.run.folder)
+            for sheet in sheets:
+                numbered(sheet, self.run.folder / "sheets", step)
+            self.run.show(step, *sheets)
+            self.run.log(step, **{f"val_{k}": v for k, v in values.items()})
+            text = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+        self.export(step)
         return text
 
     def export(self, step: int) -> None:

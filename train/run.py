@@ -16,16 +16,17 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gendr.errors import first_line
 from train.atomic import replacing, write_text, writing
 from train.data.stream import Stream
 from train.processes import Processes, TrainingError
+from train.split import cut, own, piece_of
 
 T = TypeVar("T")
 # A loss this many times its slow average, for this many steps, is a run that will not come back.
@@ -260,60 +261,61 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
 
-class _Ema(EMAModel):
-    every = 1
-
-    def get_decay(self, optimization_step: int) -> float:
-        return super().get_decay(optimization_step) ** self.every
-
-
 class Average:
-    """Exponential moving average of a module's trained parameters, with warm-up (diffusers).
+    """Exponential moving average of a module's trained parameters, with warm-up: the decay of step n
+    is 1 - n^-0.75 until that is more than `decay` (the form of diffusers and of earlier states).
 
     device: where it lies, if not beside the parameters; a CPU's memory is the larger one. every:
-    steps between two updates, each with the decay of that many steps.
+    steps between two updates, each with the decay of that many steps. Of parameters that are split
+    over processes each averages its own piece.
     """
+
+    POWER = 0.75
 
     def __init__(
         self, module: nn.Module, decay: float, *, device: str | None = None, every: int = 1
     ):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        # One kernel for all on a card, where a launch costs more than the sum.
-        at_once = bool(self.parameters) and self.parameters[0].is_cuda and not device
-        self.ema = _Ema(
-            self.parameters, decay=decay, use_ema_warmup=True, power=0.75, foreach=at_once
-        )
-        self.ema.every = every
-        self.device = device
-        if device:
-            self.ema.to(device=device)
+        self.decay, self.device, self.every = decay, device, every
+        self.steps = 0
+        self.shadow = [own(p).to(device, copy=True) for p in self.parameters]
+
+    def keep(self) -> float:
+        """The decay of the step in hand."""
+        return min(self.decay, 1 - self.steps**-self.POWER)
 
     def update(self) -> None:
         """After every step; only every so many do something."""
-        if (self.ema.optimization_step + 1) % self.ema.every:
-            self.ema.optimization_step += 1
+        self.steps += 1
+        if self.steps % self.every:
             return
-        if not self.device:
-            self.ema.step(self.parameters)
-            return
-        # diffusers copies what takes no gradient instead of averaging it.
-        self.ema.step([p.detach().to(self.device).requires_grad_() for p in self.parameters])
+        now = [own(p).to(self.device) for p in self.parameters]
+        get_ema_multi_avg_fn(self.keep() ** self.every)(self.shadow, now, self.steps)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Context in which the module holds the averaged weights."""
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        before = [own(p).to("cpu", copy=True) for p in self.parameters]
+        self._put(self.shadow)
         try:
             yield
         finally:
-            self.ema.restore(self.parameters)
+            self._put(before)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for p, value in zip(self.parameters, values, strict=True):
+            own(p).copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.ema.state_dict()
+        shadow = [piece_of(s, p) for s, p in zip(self.shadow, self.parameters, strict=True)]
+        return {"optimization_step": self.steps, "shadow_params": shadow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ema.load_state_dict(state)
+        for mine, whole, p in zip(
+            self.shadow, state["shadow_params"], self.parameters, strict=True
+        ):
+            mine.copy_(own(cut(whole, p)))
+        self.steps = state["optimization_step"]
 
 
 def rate(

@@ -53,17 +53,21 @@ def plan(settings: Settings) -> str:
         "text encoder": TEXT_ENCODER if s.prompts == "captions" else 0,
     }
     trained = count["UNet"] + count["projector"]
+    # FSDP2 splits what belongs to weights among the processes.
+    pieces = world if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else 1
+    split = f"split among {pieces}" if pieces > 1 else ""
     bf16 = s.precision == "bf16"
     rows: list[tuple[object, ...]] = [
         ("trained", "UNet", f"{count['UNet']:,}", "parameters"),
         ("", "projector", f"{count['projector']:,}", "parameters"),
         *(("frozen", k, f"{v:,}", "parameters") for k, v in list(count.items())[2:] if v),
-        ("fixed memory", "weights, gradients, AdamW", memory.gib(memory.training_bytes(trained, ema=False)), ""),
     ]  # fmt: skip
-    fixed = memory.training_bytes(trained, ema=False)
+    fixed = memory.training_bytes(trained, ema=False) // pieces
+    rows.append(("fixed memory", "weights, gradients, AdamW", memory.gib(fixed), split))
     if s.ema:
-        ema = memory.frozen_bytes(trained)
-        rows.append(("", "averaged weights", memory.gib(ema), "of the CPU" if s.ema_on_cpu else ""))
+        ema = memory.frozen_bytes(trained) // pieces
+        where = ", ".join(filter(None, (split, "of the CPU" if s.ema_on_cpu else "")))
+        rows.append(("", "averaged weights", memory.gib(ema), where))
         fixed += 0 if s.ema_on_cpu else ema
     if bf16:
         copies = memory.frozen_bytes(trained, torch.bfloat16)

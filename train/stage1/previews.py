@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from gendr import schedule
@@ -91,6 +90,9 @@ class Preview:
 
     def samples(self) -> Tensor:
         """Pictures b 3 h w from noise, by diffusers' DDIM, guided from the empty prompt."""
+        # Here, because it takes seconds.
+        from diffusers import DDIMScheduler
+
         scheduler = DDIMScheduler(
             num_train_timesteps=schedule.STEPS,
             beta_start=schedule.BETA_START,
