@@ -25,6 +25,7 @@ from torch import Tensor
 from train import recipe
 from train.restorer import Training
 from train.run import Run
+from train.tiny.recorded import SIGHTS
 from train.tiny.settings import Settings
 
 from .tables import GIB, figure, table
@@ -46,9 +47,10 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(device: torch.device, seconds: float, work: Any) -> tuple[float, int]:
-    """Seconds of each call, and how often it was called."""
-    work()
+def timed(device: torch.device, seconds: float, work: Any, warm: int = 1) -> tuple[float, int]:
+    """Seconds of each call, and how often it was called; warm: calls that don't count."""
+    for _ in range(warm):
+        work()
     wait(device)
     began, count = time.perf_counter(), 0
     while count < 2 or time.perf_counter() - began < seconds:
@@ -74,7 +76,7 @@ class Case:
 
     def step(self) -> dict[str, float]:
         self.number += 1
-        return self.training.step(self.number, self.batch)
+        return self.training.accept(self.training.take(self.number, self.batch))
 
 
 def steps(args: argparse.Namespace, batch: int, crop: int, features: str) -> list[list[Any]]:
@@ -89,10 +91,12 @@ def steps(args: argparse.Namespace, batch: int, crop: int, features: str) -> lis
             case = Case(args, Path(folder), **shape, precision_features=features, **more)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            each, count = timed(device, args.seconds, case.step)
+            warm = SIGHTS + 2 if device.type == "cuda" else 1
+            each, count = timed(device, args.seconds, case.step, warm)
             loss = case.step()["loss"]
             peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
-            words = [f"{batch} of {crop} px, features in {features}, {name}"]
+            how = "recorded" if case.training.recorded.kept else "launched"
+            words = [f"{batch} of {crop} px, features in {features}, {name}, {how}"]
             rows.append([*words, each * 1e3, batch / each, peak, loss, count])
             if name == "regression":
                 each, count = timed(device, args.seconds / 4, case.teach)

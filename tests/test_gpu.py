@@ -20,6 +20,11 @@ from gendr.files import checkpoint
 from gendr.networks import fused
 from gendr.speed import runners as speed
 from gendr.speed.graphs import CudaRecorder, Graphs, Stamp
+from train.tiny.adversary import Adversary, Discriminator, FeatureDiscriminator
+from train.tiny.perceptual import Perceptual
+from train.tiny.recorded import SIGHTS, Recorded
+from train.tiny.settings import Settings
+from train.tiny.step import Objective
 
 REHEARSAL = os.environ.get("GENDR_GPU_TESTS") == "cpu"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -199,9 +204,11 @@ def test_a_tile_that_is_not_finite_is_computed_again(file, monkeypatch):
 
     monkeypatch.setattr(model.runner, "run", spoilt)
     x = fresh(1, 3, 48, 48)
-    y, report = model.restore_with_report(x, 4, tile=64, overlap=16)
+    # A card takes all tiles at once if it may.
+    settings = {"tile": 64, "overlap": 16, "tile_batch": 1}
+    y, report = model.restore_with_report(x, 4, **settings)
     assert any("again in fp32" in event for event in report.events)
-    assert apart(y, exact.restore(x, 4, tile=64, overlap=16)) <= 4e-2
+    assert apart(y, exact.restore(x, 4, **settings)) <= 4e-2
 
 
 def test_out_of_memory_goes_on(file):
@@ -256,3 +263,36 @@ def test_graphs_stay_within_their_budget(file):
         for _ in range(3):
             model.restore(fresh(1, 3, size, size), 4)
             assert graphs.recorder.held() <= graphs.budget
+
+
+def test_a_recorded_step_of_training_is_the_launched_one():
+    """Gradients of a small restorer, with discriminators that don't learn in between."""
+    if REHEARSAL:
+        pytest.skip("a CPU launches every step")
+    torch.manual_seed(0)
+    settings = Settings(
+        pictures="x", init="x", batch=2, teacher="x", perceptual=1.0, adversarial=0.5, judge="both",
+        alone=0, precision="fp32",
+    )  # fmt: skip
+    stages = Perceptual([nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)]).to(DEVICE)
+    network = random_network(VAE_, UNET).requires_grad_(True).to(DEVICE)
+    judges = {"features": FeatureDiscriminator([6, 8], width=4), "patch": Discriminator(4)}
+    adversaries = {kind: Adversary(judge.to(DEVICE)) for kind, judge in judges.items()}
+    for adversary in adversaries.values():
+        for group in adversary.optimizer.param_groups:
+            group["lr"] = 0.0
+        adversary.discriminator.eval()  # its spectral norms stay as they are, too
+    objective = Objective(settings, network, stages, adversaries)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    recorded = Recorded(objective.take, parameters)
+    for number in range(SIGHTS + 4):
+        parts = {name: torch.rand(2, 3, 64, 64) * 2 - 1 for name in ("hr", "input", "teacher")}
+        batch = objective.prepared({k: v.to(DEVICE) for k, v in parts.items()}, number)
+        found = float(recorded.take(batch, "pulling").loss)
+        gradients = [p.grad.clone() for p in parameters]
+        wanted = recorded.launched(batch, "pulling")
+        assert found == pytest.approx(float(wanted.loss), rel=1e-4)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            assert apart(gradient, p.grad) <= 1e-2 or float(p.grad.norm()) < 1e-6
+    assert not recorded.off
+    assert "pulling" in recorded.kept

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import random_network
 from torch import nn
 
-from train.tiny.adversary import Adversary, FeatureDiscriminator, balanced
-from train.tiny.perceptual import SHIFTS, Perceptual, efficientnet_lite0, shifted
+from train.tiny.adversary import Adversary, Discriminator, FeatureDiscriminator, balanced
+from train.tiny.perceptual import SHIFTS, Perceptual, efficientnet_lite0, place, window
 from train.tiny.settings import Settings
 from train.tiny.step import Objective
 
@@ -94,16 +93,16 @@ def batch(side: int = 48) -> dict[str, torch.Tensor]:
     return {name: torch.rand(2, 3, side, side, generator=g) * 2 - 1 for name in ("input", "hr")}
 
 
-def taken(features, adversaries=None, *, step: int = 2, done: float = 0.0, parts=(), **options):
+def taken(features, adversaries=None, *, step: int = 2, phase=None, parts=(), **options):
     """Gradient of the decoder's last layer after one step, and what was measured."""
     settings = Settings(
-        **{"pictures": "x", "init": "x", "teacher_share": 0.0, "batch": 2, "alone": 1, **options}
+        **{"pictures": "x", "init": "x", "teacher_share": 0.0, "batch": 2, "alone": 1, **options},
+        precision="fp32",
     )
     network = random_network().requires_grad_(True)
     objective = Objective(settings, network, features, adversaries or {})
-    found = objective.take(
-        {**batch(), **dict(parts)}, step, nullcontext(), nullcontext(), done=done
-    )
+    prepared = objective.prepared({**batch(), **dict(parts)}, step)
+    found = objective.take(prepared, phase or objective.phase(0.0))
     return network.vae.decoder.conv_out.weight.grad.clone(), found
 
 
@@ -126,6 +125,7 @@ def test_the_adversary_learns_first_and_then_pulls(distance, share):
     before = judge.heads[0][0].bias.clone()
     plain = taken(distance, **options)
     alone = taken(distance, adversaries, **more)
+    adversaries["features"].learned += 1
     assert not torch.equal(before, judge.heads[0][0].bias)
     assert torch.equal(alone[0], plain[0])
     pulled = taken(distance, adversaries, **more)
@@ -133,14 +133,15 @@ def test_the_adversary_learns_first_and_then_pulls(distance, share):
     assert not torch.equal(plain[0], pulled[0])
 
 
-def test_an_adversary_begins_at_its_part_of_the_run(distance):
+def test_an_adversary_begins_at_its_part_of_the_run_and_learns_alone_first(distance):
     adversaries = {"features": Adversary(FeatureDiscriminator([6, 8], width=4))}
-    more = {"perceptual": 1.0, "adversarial": 0.5, "judge": "features", "adversarial_from": 0.4}
-    _, early = taken(distance, adversaries, done=0.39, **more)
-    assert "discriminator_features" not in early.terms
-    assert adversaries["features"].learned == 0
-    _, late = taken(distance, adversaries, done=0.4, **more)
-    assert "discriminator_features" in late.terms
+    more = {"pictures": "x", "init": "x", "teacher_share": 0.0, "perceptual": 1.0, "alone": 2}
+    more |= {"adversarial": 0.5, "judge": "features", "adversarial_from": 0.4}
+    objective = Objective(Settings(**more), random_network(), distance, adversaries)
+    assert objective.phase(0.39) == "regression"
+    for learned, wanted in enumerate(("learning", "learning", "pulling")):
+        adversaries["features"].learned = learned
+        assert objective.phase(0.4) == wanted
 
 
 def test_two_adversaries_pull_each_with_its_part(distance, picture):
@@ -182,8 +183,42 @@ def test_windows_lie_at_the_same_place_of_every_picture_and_at_all_places():
     rows = torch.arange(40.0).reshape(1, 1, 40, 1).expand(1, 1, 40, 40)
     places = set()
     for seed in range(200):
-        a, b = shifted(rows, rows + 1, generator=torch.Generator().manual_seed(seed))
-        assert a.shape == (1, 1, 40 - SHIFTS + 1, 40 - SHIFTS + 1)
-        assert torch.equal(a + 1, b)
+        at = place(40, torch.Generator().manual_seed(seed))
+        a, b = window(rows, at), window(rows.mT, at)
+        side = 40 - SHIFTS + 1
+        assert a.shape == (1, 1, side, side)
+        # One picture counts rows, the other columns.
+        assert torch.equal(a, rows[..., at[0, 0] : at[0, 0] + side, :side])
+        assert torch.equal(b, rows.mT[..., :side, at[1, 0] : at[1, 0] + side])
         places.add(int(a[0, 0, 0, 0]))
     assert places == set(range(SHIFTS))
+
+
+def test_a_step_waits_for_nothing_and_brings_nothing_to_the_device(distance):
+    """What a CUDA graph can't record: numbers read from tensors, and tensors made of numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    adversaries = {
+        "features": Adversary(FeatureDiscriminator([6, 8], width=4)),
+        "patch": Adversary(Discriminator(4)),
+    }
+    settings = Settings(
+        pictures="x", init="x", batch=2, teacher="x", perceptual=1.0, adversarial=0.5, judge="both",
+        clean_pull=0.5, grid=1.0, precision="fp32",
+    )  # fmt: skip
+    network = random_network().requires_grad_(True)
+    objective = Objective(settings, network, distance, adversaries)
+    parts = {**batch(64), "teacher": batch(64)["hr"], "clean": torch.tensor([True, False])}
+    prepared = objective.prepared(parts, 1)
+    for adversary in adversaries.values():  # on a card they count their steps there
+        adversary.optimizer.step = lambda: None
+    with Watch():
+        objective.take(prepared, "pulling")
+    assert not {name for name in names if "local_scalar" in name or "lift_fresh" in name}
+    assert len(names) > 100

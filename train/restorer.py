@@ -43,10 +43,11 @@ from train.run import Average, Run, TrainingError, rate, step_generator
 from train.sheets import eight_bit, write_sheet
 from train.tiny.adversary import Adversary, Discriminator, FeatureDiscriminator
 from train.tiny.fresh import Fresh, Scales, moved, reused, taught
-from train.tiny.networks import autocast, export, initial, new_network, save_weights, tiny_config
+from train.tiny.networks import export, initial, new_network, save_weights, tiny_config
 from train.tiny.perceptual import Perceptual, efficientnet_lite0
+from train.tiny.recorded import Recorded
 from train.tiny.settings import FREE, Settings
-from train.tiny.step import Objective
+from train.tiny.step import Objective, Taken
 
 # Pairs that a run is looked at with, and how many of them a sheet shows.
 LOOKED_AT, SHOWN = 16, 6
@@ -193,6 +194,7 @@ class Training:
         self.average = Average(self.network, s.ema)
         self.adversaries = adversaries(s, perceptual, device)
         self.objective = Objective(s, self.network, perceptual, self.adversaries)
+        self.recorded = Recorded(self.objective.take, self.parameters)
 
     def trained(self) -> list[list[nn.Parameter]]:
         """Parameters of the autoencoder, and of the UNet."""
@@ -215,8 +217,8 @@ class Training:
             **{f"adversary_{kind}": found for kind, found in self.adversaries.items()},
         }
 
-    def step(self, number: int, batch: dict[str, Tensor]) -> dict[str, float]:
-        """Step `number` (from 1); what was measured."""
+    def take(self, number: int, batch: dict[str, Tensor]) -> Taken:
+        """Loss and gradients of step `number` (from 1). A card works on while this returns."""
         s = self.settings
         timed = s.schedule == "cosine_by_time"
         spent = self.run.spent()
@@ -229,14 +231,16 @@ class Training:
                 steps=s.steps,
                 done=spent if timed else None,
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        taken = self.objective.take(
-            moved(batch, self.device),
-            number,
-            autocast(self.device, s.precision),
-            autocast(self.device, s.precision_features),
-            done=spent if timed else (number - 1) / s.steps,
-        )
+        phase = self.objective.phase(spent if timed else (number - 1) / s.steps)
+        batch = self.objective.prepared(moved(batch, self.device), number)
+        taken = self.recorded.take(batch, phase)
+        if phase != "regression":
+            for adversary in self.adversaries.values():
+                adversary.learned += 1
+        return taken
+
+    def accept(self, taken: Taken) -> dict[str, float]:
+        """Let the weights follow a step's gradients; what was measured."""
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         found = {"loss": taken.loss, "gradient": norm, "spread": taken.spread, **taken.terms}
         # A card is waited for once a step.
@@ -307,12 +311,15 @@ def train(
     training = Training(settings, run, choose_device(device))
     step = first = run.load_parts(state, **training.parts())
     batches = training.data.batches(first)
+    batch = next(batches)
     waited, at = 0.0, time.perf_counter()
     for step in run.steps(first, settings.steps, images=settings.batch):
+        taken = training.take(step, batch)
+        # Before the step's end is waited for: a card computes it while the next pairs are fetched.
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        values = training.step(step, batch)
+        values = training.accept(taken)
         if step % LOG_EVERY == 0:
             now = time.perf_counter()
             run.log(step, **values, waiting=waited / (now - at))

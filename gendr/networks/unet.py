@@ -383,7 +383,9 @@ class UNet(nn.Module):
         """
         temb = None
         if self.time_embedding is not None:
-            t = torch.as_tensor(t, device=z.device).expand(z.shape[0])
+            # A number is filled in on the device: copied there it could not be recorded.
+            t = t.to(z.device) if isinstance(t, Tensor) else torch.full((), t, device=z.device)
+            t = t.expand(z.shape[0])
             sinusoids = timestep_embedding(t, self.config.block_out_channels[0])
             temb = self.time_embedding(sinusoids.to(z.dtype))
         x = self.conv_in(z)

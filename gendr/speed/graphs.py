@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -222,6 +223,26 @@ def behind(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__context__
 
 
+@contextmanager
+def recording(device: torch.device, pool: Any = None) -> Iterator[Any]:
+    """Record what runs inside into a new CUDA graph. If that fails the card is as usable as before.
+
+    Other threads of a host may go on allocating meanwhile.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    before, graph = torch.cuda.current_stream(index), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield graph
+    except BaseException:
+        # torch leaves its own stream in force then, and random numbers that believe in the recording.
+        torch.cuda.set_stream(before)
+        generator = torch.cuda.default_generators[index]
+        if hasattr(generator, "graphsafe_set_state"):
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
+
+
 class CudaRecorder:
     """Records on an NVIDIA (or AMD) card. The pool grows to what the largest recording needs."""
 
@@ -239,9 +260,7 @@ class CudaRecorder:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(self.device)
             static = torch.empty_like(x).copy_(x)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of a host may go on allocating while this one records.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with recording(self.device, self.pool) as graph:
                 out = fn(static)
             grown = max(0, torch.cuda.memory_reserved(self.device) - before)
         self.bytes += grown

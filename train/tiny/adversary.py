@@ -83,8 +83,12 @@ class Adversary:
 
     def __init__(self, discriminator: Discriminator | FeatureDiscriminator):
         self.discriminator = discriminator
-        self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.99))
-        # Steps that it has taken.
+        parameters = list(discriminator.parameters())
+        # Its step may be part of a recorded one.
+        self.optimizer = torch.optim.Adam(
+            parameters, lr=2e-4, betas=(0.5, 0.99), capturable=parameters[0].is_cuda
+        )
+        # Steps that it has taken, counted by whoever takes them.
         self.learned = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,7 +113,6 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self.learned += 1
         return loss.detach()
 
     def fooled(self, result: View, real: View, source: View, *, matching: float) -> Tensor:

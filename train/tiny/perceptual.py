@@ -25,16 +25,20 @@ EPS = 1e-6
 SHIFTS = 16
 
 
-def shifted(*pictures: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """The same window of each picture b c h w, at a random place: SHIFTS - 1 pixels less a side.
+def place(side: int, generator: torch.Generator) -> Tensor:
+    """Rows and columns of a window at a random place: 2 n, SHIFTS - 1 pixels less than `side`.
 
     Layers of stride 2 look at pixels in even and odd places with different weights. Where they
     always begin at the same pixel, so do their gradients, and a decoder of 4 x 4 pixels per position
     learns that pattern as a grid.
     """
-    y, x = torch.randint(SHIFTS, (2,), generator=generator).tolist()
-    h, w = (side - SHIFTS + 1 for side in pictures[0].shape[-2:])
-    return [p[..., y : y + h, x : x + w] for p in pictures]
+    first = torch.randint(SHIFTS, (2, 1), generator=generator)
+    return first + torch.arange(side - SHIFTS + 1)
+
+
+def window(picture: Tensor, at: Tensor) -> Tensor:
+    """That window of pictures b c h w. The place is a tensor: a recorded step can't take numbers."""
+    return picture.index_select(-2, at[0]).index_select(-1, at[1])
 
 
 class Perceptual(nn.Module):
