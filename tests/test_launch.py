@@ -68,6 +68,12 @@ def test_what_fsdp_can_not_do_here_is_refused_with_what_can(monkeypatch, name, v
         Processes("cpu")
 
 
+def test_deepspeed_that_would_not_be_used_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"ddp.yaml or fsdp2.yaml"):
+        Processes("cpu")
+
+
 def test_one_process_has_nothing_to_split(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")

@@ -27,6 +27,11 @@ T = TypeVar("T")
 BUCKET = 32 * 2**20
 
 
+def told(name: str) -> bool:
+    """Whether `accelerate launch` has said yes to something, in the environment."""
+    return os.environ.get(name, "").lower() == "true"
+
+
 class TrainingError(RuntimeError):
     """A run that can't go on; the message says why and what to change."""
 
@@ -36,6 +41,13 @@ class Processes:
 
     def __init__(self, device: str = "auto"):
         """device: "auto" = the process's own card, or the CPU."""
+        cpu = device == "cpu" or told("ACCELERATE_USE_CPU")
+        if cpu and told("ACCELERATE_USE_DEEPSPEED"):
+            # It would train without it, and say nothing.
+            raise ValueError(
+                "accelerate gives DeepSpeed to cards alone, and this run is one of the CPU: launch with "
+                "train/recipes/ddp.yaml or fsdp2.yaml"
+            )
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.device = self.accelerator.device if device in ("auto", "cpu") else torch.device(device)
         self.index = self.accelerator.process_index
@@ -50,7 +62,7 @@ class Processes:
                 "starts one process)"
             )
         # Whether to split the network: an FSDP configuration, and more than one process to split among.
-        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        self.sharded = told("ACCELERATE_USE_FSDP")
         self.reshard = True
         if self.sharded:
             self._read_fsdp()
@@ -63,7 +75,7 @@ class Processes:
                 "FSDP's first version is not supported: launch with train/recipes/fsdp2.yaml, or set "
                 "fsdp_version: 2"
             )
-        if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        if told("FSDP_OFFLOAD_PARAMS"):
             raise ValueError(
                 "fsdp_offload_params is not supported: set it to false, or launch with "
                 "train/recipes/zero2_offload.yaml, which keeps the optimiser in the CPU's memory"

@@ -15,6 +15,7 @@ from train import memory
 from train.checkpointing import recompute_blocks
 from train.data.stream import accumulation
 from train.features import ENCODER_SIZES, Projector
+from train.processes import told
 from train.stage1 import pretrained
 from train.stage1.networks import vae_source
 from train.stage1.settings import Settings
@@ -54,7 +55,7 @@ def plan(settings: Settings) -> str:
     }
     trained = count["UNet"] + count["projector"]
     # FSDP2 splits what belongs to weights among the processes.
-    pieces = world if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else 1
+    pieces = world if told("ACCELERATE_USE_FSDP") else 1
     split = f"split among {pieces}" if pieces > 1 else ""
     bf16 = s.precision == "bf16"
     rows: list[tuple[object, ...]] = [
