@@ -213,3 +213,20 @@ def test_half_a_state_is_named(tmp_path):
     run.state_path.write_bytes(run.state_path.read_bytes()[:2000])
     with pytest.raises(TrainingError, match=r"state\.pt is no whole state of a run"):
         run.load()
+
+
+def test_a_rate_by_time_follows_the_part_that_is_over_and_not_the_steps():
+    rates = [rate(2.0, 500, kind="cosine", warmup=4, steps=10, done=d) for d in (0.0, 0.5, 1.0)]
+    assert rates == pytest.approx([2.0, 1.0, 0.0])
+    # The first steps are warm-up all the same.
+    assert rate(2.0, 1, kind="cosine", warmup=4, steps=10, done=0.0) == 1.0
+
+
+def test_a_run_knows_how_much_of_its_hours_is_over(tmp_path, monkeypatch):
+    run = Run(tmp_path, {})
+    assert run.spent() == 0  # no end
+    now = time.monotonic()
+    run.began, run.until = now, now + 100
+    for seconds, part in ((25, 0.25), (100, 1.0), (140, 1.0)):
+        monkeypatch.setattr(time, "monotonic", lambda at=now + seconds: at)
+        assert run.spent() == pytest.approx(part)
