@@ -38,7 +38,7 @@ TOOLTIPS = {
     "model": "From Load GenDR. With nothing connected GenDR-Tiny is used, which comes with the pack.",
     "scale": "How many times larger the result is, fractions too. 4 is what the model is made "
     "for; with 1 the size stays and the picture is only restored.",
-    "color_fix": "auto takes what the model is made for. Where colors come from. wavelet keeps the "
+    "color_fix": "Where colors come from. auto takes what the model is made for. wavelet keeps the "
     "input's colors even in small areas. adain and lab match them over the whole picture: try one if "
     "wavelet leaves halos. none takes the model's own.",
     "detail": "How much the model adds. 1 is its own measure. Lower it if skin or foliage looks "

@@ -144,24 +144,38 @@ def test_an_adversary_begins_at_its_part_of_the_run_and_learns_alone_first(dista
         assert objective.phase(0.4) == wanted
 
 
-def test_two_adversaries_pull_each_with_its_part(distance, picture):
-    """Of a regression's gradient of length 1 each adds half the share, whatever its own length."""
-    weights = [
-        torch.randn(picture.shape, generator=torch.Generator().manual_seed(n)) for n in (1, 2)
-    ]
-    x = picture.clone().requires_grad_()
-    losses = [1000 * (weights[0] * x).sum(), 1e-3 * (weights[1] * x).sum()]
-    own = torch.full_like(x, float(x.numel()) ** -0.5)
-    found = balanced((own * x).sum(), losses, x, 0.5) - own
-    wanted = sum(0.25 * w / w.norm() for w in weights)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+def last_layer(picture: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Pictures that a last layer has made, and its weights."""
+    weight = torch.randn(3, 3, 1, 1, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    bias = torch.zeros(3, requires_grad=True)
+    return nn.functional.conv2d(picture, weight, bias), [weight, bias]
+
+
+def test_two_adversaries_pull_each_with_its_part_at_the_last_layer(picture):
+    """Half the share each, whether one pulls every pixel the same way or each another way, and
+    whatever its loss is worth."""
+    y, layer = last_layer(picture)
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(1))
+    losses = [1000 * (noise * y).sum(), 1e-3 * y.sum()]
+
+    def length(gradient: torch.Tensor) -> float:
+        found = torch.autograd.grad(y, layer, gradient, retain_graph=True)
+        return float(torch.cat([g.flatten() for g in found]).norm())
+
+    first = torch.autograd.grad(y.square().mean(), y, retain_graph=True)[0]
+    for loss in losses:
+        pull = balanced(y.square().mean(), [loss], y, layer, 0.5) - first
+        assert length(pull) == pytest.approx(0.5 * length(first), rel=1e-4)
+    both = balanced(y.square().mean(), losses, y, layer, 0.5) - first
+    single = [balanced(y.square().mean(), [loss], y, layer, 0.25) - first for loss in losses]
+    torch.testing.assert_close(both, sum(single))
 
 
 def test_clean_pairs_are_spared_the_pull(distance, picture):
-    x = picture[:2].clone().requires_grad_()
+    x, layer = last_layer(picture)
     regression, adversarial = x.square().mean(), [(x * x.detach().flip(-2)).sum()]
-    whole = balanced(regression, adversarial, x, 0.5)
-    spared = balanced(regression, adversarial, x, 0.5, torch.tensor([1.0, 0.0]))
+    whole = balanced(regression, adversarial, x, layer, 0.5)
+    spared = balanced(regression, adversarial, x, layer, 0.5, torch.tensor([1.0, 0.0]))
     alone = torch.autograd.grad(x.square().mean(), x)[0]
     torch.testing.assert_close(spared[0], whole[0])
     torch.testing.assert_close(spared[1], alone[1])

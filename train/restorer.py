@@ -194,7 +194,11 @@ class Training:
         self.average = Average(self.network, s.ema)
         self.adversaries = adversaries(s, perceptual, device)
         self.objective = Objective(s, self.network, perceptual, self.adversaries)
-        self.recorded = Recorded(self.objective.take, self.parameters)
+        self.recorded = Recorded(
+            self.objective.take,
+            self.parameters,
+            lambda: [t for adversary in self.adversaries.values() for t in adversary.tensors()],
+        )
 
     def trained(self) -> list[list[nn.Parameter]]:
         """Parameters of the autoencoder, and of the UNet."""

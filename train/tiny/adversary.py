@@ -105,6 +105,12 @@ class Adversary:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learned = state["learned"]
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step of it changes, where it lies."""
+        judge, states = self.discriminator, self.optimizer.state.values()
+        held = [value for state in states for value in state.values()]
+        return [*judge.parameters(), *judge.buffers(), *(v for v in held if isinstance(v, Tensor))]
+
     def learn(self, result: View, real: View, source: View) -> Tensor:
         """One step of the discriminator; its loss."""
         told = self.discriminator(real, source), self.discriminator(_detached(result), source)
@@ -153,20 +159,29 @@ def balanced(
     regression: Tensor,
     adversarial: Sequence[Tensor],
     pictures: Tensor,
+    layer: Sequence[Tensor],
     share: float,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of all losses at the pictures b 3 h w, the adversaries' scaled to `share` of the
-    regression's length, each to the same part of it.
+    """Gradient of all losses at the pictures b 3 h w. The adversaries' are scaled so that at the last
+    layer's weights their length is `share` of the regression's, each with the same part of it.
 
-    VQGAN's rule (Eq. 7) with the result in the last layer's place: each loss is followed back once.
+    VQGAN's rule (Eq. 7), with every loss followed back once. layer: the weights that the pictures were
+    made with last. Lengths at the pictures themselves would not do: what pulls all pixels one
+    way adds up in the weights, what differs from pixel to pixel cancels there.
     rows: [b], weight of the adversaries' pull on each picture, all 1 if not given.
     """
+
+    def length(gradient: Tensor) -> Tensor:
+        found = torch.autograd.grad(pictures, layer, gradient, retain_graph=True)
+        return torch.stack([g.float().norm() for g in found]).norm()
+
     # The losses may share what is behind them: kept for the next one.
     total = first = torch.autograd.grad(regression, pictures, retain_graph=True)[0]
+    whole = length(first)
     for loss in adversarial:
         pull = torch.autograd.grad(loss, pictures, retain_graph=True)[0]
-        factor = first.float().norm() / (pull.float().norm() + 1e-12)
+        factor = whole / (length(pull) + 1e-12)
         if rows is not None:
             pull = pull * rows.to(pull.dtype)[:, None, None, None]
         total = total + share / len(adversarial) * factor.clamp(max=1e4) * pull

@@ -129,11 +129,14 @@ class Fresh(Dataset):
 
 def taught(batch: dict[str, Tensor], teacher: peers.Teacher) -> dict[str, Tensor]:
     """A batch of deferred pairs with its `teacher`, on the teacher's device."""
-    batch = moved(batch, teacher.device)
-    rows, low = batch.pop("is_taught"), batch.pop("low")
+    # Chosen where the batch lies: a card would be waited for.
+    rows = batch["is_taught"].nonzero().flatten()
+    low = batch["low"][rows]
+    rest = {k: v for k, v in batch.items() if k not in ("is_taught", "low")}
+    batch = moved(rest, teacher.device)
     result = batch["hr"].clone()
-    if rows.any():
-        result[rows] = 2 * teacher(low[rows], result.shape[-1]) - 1
+    if len(rows):
+        result[rows.to(result.device)] = 2 * teacher(low, result.shape[-1]) - 1
     return {**batch, "teacher": result}
 
 

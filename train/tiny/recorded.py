@@ -22,8 +22,7 @@ from train.tiny.step import Phase, Taken
 Take = Callable[[dict[str, Tensor], Phase], Taken]
 # Steps of a phase that are taken one launch at a time first: kernels load, optimizers make their state.
 SIGHTS = 3
-# The recorded step against the same one launched: bf16 sums in another order, and discriminators
-# that have learnt one step more in between.
+# The recorded step against the same one launched: bf16 sums in another order.
 LOSS, COSINE = 0.02, 0.95
 
 
@@ -43,8 +42,14 @@ class Recorded:
     Where it is not, it warns once and goes on launch by launch.
     """
 
-    def __init__(self, take: Take, parameters: list[nn.Parameter]):
-        self.take_, self.parameters = take, parameters
+    def __init__(
+        self,
+        take: Take,
+        parameters: list[nn.Parameter],
+        changed: Callable[[], list[Tensor]] = list,
+    ):
+        """changed: what a step itself changes, the discriminators' weights and optimizers."""
+        self.take_, self.parameters, self.changed = take, parameters, changed
         self.kept: dict[Phase, Recording] = {}
         self.sights: dict[Phase, int] = {}
         self.off = not parameters[0].is_cuda
@@ -54,11 +59,15 @@ class Recorded:
         if phase in self.kept:
             return self.replayed(self.kept[phase], batch)
         self.sights[phase] = self.sights.get(phase, 0) + 1
-        taken = self.launched(batch, phase)
         if self.off or self.sights[phase] <= SIGHTS:
-            return taken
+            return self.launched(batch, phase)
+        earlier = [t.detach().clone() for t in self.changed()]
+        taken = self.launched(batch, phase)
         try:
             self.kept[phase] = made = self.record(batch, phase)
+            with torch.no_grad():
+                for tensor, value in zip(self.changed(), earlier, strict=True):
+                    tensor.copy_(value)
             return self.checked(made, batch, taken)
         except RuntimeError as error:
             reason = first_line(error)

@@ -97,7 +97,7 @@ class Settings:
     teacher_share: float = setting(0.85, "of the pixel loss; the rest is to the clean crop")
     gradient: float = setting(0.5, "weight of the edge term")
     grid: float = setting(
-        0.0, "weight of the pattern of 4 px that the decoder's cells leave in the error: 1"
+        0.0, "weight of the pattern of 8 px that the decoder's cells leave in the error: 2"
     )
     perceptual: float = setting(0.0, "weight of the distance of EfficientNet-Lite0's features: 1")
     perceptual_to: Literal["hr", "teacher", "both"] = setting(
@@ -106,7 +106,7 @@ class Settings:
     autoencode: float = setting(0.25, "share of the batch that goes through the autoencoder alone")
     adversarial: float = setting(
         0.0,
-        "pull of the discriminator relative to the regression, for the last stretch: 0.3",
+        "pull of the discriminators relative to the regression's, at the last layer: 0.5",
     )
     real: Literal["", "teacher", "hr"] = setting(
         "",

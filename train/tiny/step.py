@@ -158,7 +158,8 @@ class Objective:
             rows = None
             if "clean" in batch:
                 rows = 1 - (1 - s.clean_pull) * batch["clean"].float()
-            pull = balanced(loss, fooled, y, s.adversarial, rows)
+            layer = list(self.network.vae.decoder.conv_out.parameters())
+            pull = balanced(loss, fooled, y, layer, s.adversarial, rows)
             if self.share:
                 torch.autograd.backward([y, rest], [pull, None])
             else:
