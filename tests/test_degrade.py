@@ -290,3 +290,22 @@ def test_sheet_is_written_past_bad_files(tmp_path, capsys):
     command[2] = str(tmp_path / "absent")
     assert main(command) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_pairs_to_validate_on_are_files_of_the_same_names(tmp_path, capsys):
+    """Different pictures, the copy made by its own number's seed, and nothing is written over."""
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.fromarray(picture(i, 64)).save(tmp_path / "in" / f"{i}.png")
+    out = tmp_path / "val"
+    command = ["pairs", "--data", str(tmp_path / "in"), "--out", str(out), "--crop", "64"]
+    assert main([*command, "--kind", "mild", "--count", "5", "--seed", "4"]) == 0
+    found = [sorted(p.name for p in (out / part).iterdir()) for part in ("hr", "lr")]
+    assert found == [["0000.png", "0001.png", "0002.png"]] * 2
+    clean = [np.asarray(Image.open(out / "hr" / name)) for name in found[0]]
+    assert {c.tobytes() for c in clean} == {picture(i, 64).tobytes() for i in range(3)}
+    for i, name in enumerate(found[0]):
+        low = np.asarray(Image.open(out / "lr" / name))
+        assert np.array_equal(low, degradations.degrade(clean[i], kind="mild", seed=4 + i))
+    assert main(command) == 2
+    assert "is not empty: give another --out" in capsys.readouterr().err

@@ -25,6 +25,8 @@ from train import cida, recipe, repa
 from train.features import Projector
 from train.processes import Processes
 from train.run import Run, TrainingError
+from train.stage1.networks import vae_source
+from train.stage1.pretrained import VAE16
 from train.stage1.prompts import Prompts, random_prompts
 from train.stage1.step import Objective
 
@@ -352,8 +354,12 @@ def test_recipes_are_whole(name):
     assert settings.lambda_repa == (0 if name == "tiny" else 0.5)
     if name == "paper":
         # The defaults are this recipe, but for what the recipe leaves to them.
-        assert dataclasses.replace(settings, vae="") == repa.Settings()
+        assert settings == repa.Settings()
         assert sum(p.last - p.first for p in phases if not p.refine) == 100_000
+    if name != "tiny":
+        # Named by the channels alone, so that --channels 4 is all that Table 4's rows need.
+        own = dataclasses.replace(settings, channels=4, base="sd")
+        assert (vae_source(settings), vae_source(own)) == (VAE16, "sd")
     if name == "tiny":
         skip = (1 - settings.constant * float(schedule.beta_bar(500))) / settings.constant
         assert skip == pytest.approx(1)

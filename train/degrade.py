@@ -1,7 +1,12 @@
-"""Looks at the degradations: a sheet of crops and their damaged copies, or the codecs that work here.
+"""Looks at the degradations: a sheet of crops and their damaged copies, a folder of them to validate on, or
+the codecs that work here.
 
 python -m train.degrade sheet --data DIR --out sheet.png [--kind KIND] [--mix MIX] [--seed N]
+python -m train.degrade pairs --data DIR --out VAL [--count N] [--crop N] ...
 python -m train.degrade codecs
+
+`pairs` writes VAL/hr and VAL/lr, for --originals and --validate of train.cida. Take pictures that are not
+trained on.
 """
 
 from __future__ import annotations
@@ -46,19 +51,41 @@ def sheet(
     return whole
 
 
+def write_pairs(
+    crops: list[np.ndarray], out: Path, *, kind: str = "mixed", mix: str = "paper", seed: int = 0
+) -> None:
+    """OUT/hr/0000.png ... and damaged copies of the same names in OUT/lr, a quarter as wide; crop i has
+    seed + i. ValueError where one of the folders has something in it."""
+    folders = [out / "hr", out / "lr"]
+    for folder in folders:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+    for i, hr in enumerate(crops):
+        low = degrade(hr, kind=kind, mix=mix, seed=seed + i)
+        for folder, pixels in zip(folders, (hr, low), strict=True):
+            with replacing(folder / f"{i:04d}.png") as part:
+                Image.fromarray(pixels).save(part, "PNG")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.degrade", description="Look at degradations."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("sheet", help="a contact sheet of crops and their degraded copies")
-    p.add_argument("--data", type=Path, required=True, help="folder of pictures")
-    p.add_argument("--out", type=Path, required=True, help="PNG to write")
-    p.add_argument("--kind", choices=KINDS, default="mixed")
-    p.add_argument("--mix", choices=tuple(MIXES), default="paper")
-    p.add_argument("--count", type=int, default=16)
-    p.add_argument("--crop", type=int, default=256)
-    p.add_argument("--seed", type=int, default=0)
+    helps = {
+        "sheet": ("a contact sheet of crops and their degraded copies", "PNG to write", 256),
+        "pairs": ("crops and their degraded copies as files", "folder for hr and lr", 512),
+    }
+    for name, (what, out, crop) in helps.items():
+        p = commands.add_parser(name, help=what)
+        p.add_argument("--data", type=Path, required=True, help="folder of pictures")
+        p.add_argument("--out", type=Path, required=True, help=out)
+        p.add_argument("--kind", choices=KINDS, default="mixed")
+        p.add_argument("--mix", choices=tuple(MIXES), default="paper")
+        p.add_argument("--count", type=int, default=16)
+        p.add_argument("--crop", type=int, default=crop, help="pixels (%(default)s)")
+        p.add_argument("--seed", type=int, default=0)
     commands.add_parser("codecs", help="the codecs that work here, and their probabilities")
     args = parser.parse_args(argv)
     if args.command == "codecs":
@@ -67,14 +94,20 @@ def main(argv: list[str] | None = None) -> int:
     if args.count < 1 or args.crop < 4 or args.crop % 4:
         parser.error("--count must be at least 1 and --crop a multiple of 4")
     try:
-        dataset = Pictures(args.data, crop=args.crop, seed=args.seed)
+        pairs = args.command == "pairs"
+        dataset = Pictures(args.data, crop=args.crop, seed=args.seed, flip=not pairs)
         keys = Order(len(dataset), seed=args.seed)
-        items = [dataset[key] for key, _ in zip(keys, range(args.count), strict=False)]
+        # A sheet may show a picture again; on a pair more than once nothing is to be measured.
+        count = min(args.count, len(dataset)) if pairs else args.count
+        items = [dataset[key] for key, _ in zip(keys, range(count), strict=False)]
         dataset.name_bad()
         crops = [np.ascontiguousarray(item["hr"].permute(1, 2, 0).numpy()) for item in items]
-        whole = sheet(crops, kind=args.kind, mix=args.mix, seed=args.seed)
-        with replacing(args.out) as part:
-            whole.save(part, "PNG")
+        how = {"kind": args.kind, "mix": args.mix, "seed": args.seed}
+        if pairs:
+            write_pairs(crops, args.out, **how)
+        else:
+            with replacing(args.out) as part:
+                sheet(crops, **how).save(part, "PNG")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
