@@ -111,7 +111,7 @@ class Made:
     """A file or folder as a project publishes it, and what its own program makes of a picture."""
 
     path: Path
-    latent: Callable[[Tensor, Tensor], Tensor]
+    latent: Callable[..., Tensor]
     networks: tuple = ()
 
 
@@ -164,8 +164,11 @@ def groups(unet) -> dict[str, list[str]]:
     return sorted_
 
 
-def pisa(folder: Path, base: Path, *, which: tuple[str, ...] = ("pix", "sem")) -> Made:
-    """PiSA-SR: two adapters per module of rank 4; the UNet's output is the residual, at t = 1."""
+def pisa(folder: Path, base: Path) -> Made:
+    """PiSA-SR: two adapters per module of rank 4; the UNet's output is the residual, at t = 1.
+
+    Its latent takes which of the two are on.
+    """
     torch.manual_seed(31)
     unet = unet_of(base)
     parts, names = groups(unet), []
@@ -182,11 +185,11 @@ def pisa(folder: Path, base: Path, *, which: tuple[str, ...] = ("pix", "sem")) -
     saved |= {"lora_rank_unet_pix": 4, "lora_rank_unet_sem": 4}
     saved["state_dict_unet"] = {k: v for k, v in unet.state_dict().items() if "lora" in k}
     torch.save(saved, folder / "one.pkl")
-    unet.set_adapter([n for n in names if n.endswith(which)])
     vae = vae_of(base)
 
     @torch.no_grad()
-    def latent(x, context):
+    def latent(x, context, which=("pix", "sem")):
+        unet.set_adapter([n for n in names if n.endswith(which)])
         x, context = in_float64(x, context, unet, vae)
         z = encode(vae, x)
         return z - unet(z, 1, context).sample
@@ -233,9 +236,8 @@ def osediff(folder: Path, base: Path) -> Made:
     return Made(folder / "two.pkl", latent, (unet, vae))
 
 
-def merged_osediff(folder: Path, base: Path) -> Made:
-    """OSEDiff with its adapters merged by peft: whole state dicts of both networks."""
-    made = osediff(folder, base)
+def merged_osediff(folder: Path, made: Made) -> Made:
+    """OSEDiff's file with its adapters merged by peft: whole state dicts of both networks."""
     saved = {
         part: merged_by_peft(network)
         for part, network in zip(("unet", "vae"), made.networks, strict=True)
@@ -246,7 +248,8 @@ def merged_osediff(folder: Path, base: Path) -> Made:
 
 def merged_by_peft(network) -> dict[str, Tensor]:
     """The state dict of a copy whose adapters peft has merged, under the plain names."""
-    network = copy.deepcopy(network)
+    # In float32 as it was made; `in_float64` may have been at it.
+    network = copy.deepcopy(network).float()
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
@@ -254,17 +257,19 @@ def merged_by_peft(network) -> dict[str, Tensor]:
     return {k.replace(".base_layer.", "."): v for k, v in state.items()}
 
 
-def hypir(folder: Path, base: Path, *, coeff_t: int = 200) -> Made:
-    """HYPIR: one flat LoRA with lora_alpha = rank, here of rank 6; x0 of t = 200 at coeff_t."""
+def hypir(folder: Path, base: Path) -> Made:
+    """HYPIR: one flat LoRA with lora_alpha = rank, here of rank 6; x0 of t = 200 at coeff_t, which its
+    latent takes."""
     torch.manual_seed(33)
     unet = unet_of(base)
     unet.add_adapter(LoraConfig(r=6, lora_alpha=6, target_modules=HYPIR_MODULES))
     fill(unet)
     torch.save({k: v for k, v in unet.state_dict().items() if "lora" in k}, folder / "four.pth")
-    vae, a = vae_of(base), abar(coeff_t)
+    vae = vae_of(base)
 
     @torch.no_grad()
-    def latent(x, context):
+    def latent(x, context, coeff_t=200):
+        a = abar(coeff_t)
         x, context = in_float64(x, context, unet, vae)
         z = encode(vae, x)
         return (z - (1 - a).sqrt() * unet(z, 200, context).sample) / a.sqrt()
