@@ -19,6 +19,8 @@ import gendr
 from train import evaluate
 from train.evaluation import judges, methods, metrics, records, shown, testset, tilecheck
 from train.evaluation.niqe import Niqe
+from train.evaluation.testset import InputError
+from train.stage2.validation import Validation
 
 
 def scene(height: int = 72, width: int = 96) -> np.ndarray:
@@ -532,3 +534,17 @@ def test_choice_of_pictures_goes_from_worst_to_best(pairs):
     }
     assert list(data["shown"]) == [min(gains, key=gains.get), max(gains, key=gains.get)]
     assert all(math.isfinite(g) for g in gains.values())
+
+
+def test_validation_says_at_once_where_niqe_can_not_be_measured(niqe_file):
+    niqe, small, large = (
+        Niqe(niqe_file),
+        np.zeros((32, 47, 3), np.uint8),
+        np.zeros((48, 48, 3), np.uint8),
+    )
+    Validation([small], [None]).check(4)  # not asked for
+    Validation([large], [None], niqe).check(4)
+    with pytest.raises(InputError, match="largest to validate on has 188x128: give larger"):
+        Validation([small, small], [None, np.zeros((96, 96, 3), np.uint8)], niqe).check(4)
+    with pytest.warns(UserWarning, match="measured on 1 of 2 pictures"):
+        Validation([small, large], [None, None], niqe).check(4)

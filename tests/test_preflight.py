@@ -52,6 +52,7 @@ def words(stage, pictures, out, *more):
 def test_a_run_that_can_begin_is_ready(pictures, base, tmp_path, capsys):
     out = tmp_path / "run"
     more = ("--base", base, "--crop", 32, "--micro-batch", 1, "--batch", 1, "--mix", "tiny")
+    more += ("--validate", pictures)
     assert preflight.main(words("cida", pictures, out, *more)) == 0
     text = capsys.readouterr().out
     assert text.rstrip().endswith("ready")
@@ -63,6 +64,7 @@ def test_a_run_that_can_begin_is_ready(pictures, base, tmp_path, capsys):
         "25 %",
         "loading 32 px",
         "step, 32 px",
+        "0 with an original",
     ):
         assert fact in text
     assert not out.exists()
@@ -88,6 +90,12 @@ def test_what_stands_in_the_way_is_a_list(pictures, tmp_path, capsys, monkeypatc
 def test_a_missing_base_is_a_line_of_the_list(pictures, tmp_path, capsys):
     assert preflight.main(words("cida", pictures, tmp_path, "--crop", 32)) == 1
     assert "step: no base given: name a GenDR checkpoint with --base" in capsys.readouterr().out
+
+
+def test_a_folder_to_validate_on_that_is_none_is_a_line_too(pictures, tmp_path, capsys):
+    more = ("--validate", tmp_path / "nowhere", "--no-step")
+    assert preflight.main(words("cida", pictures, tmp_path, *more)) == 1
+    assert "validation: not a folder" in capsys.readouterr().out
 
 
 def test_shards_hold_the_same_pictures_smaller(pictures, tmp_path, capsys):

@@ -329,13 +329,16 @@ def stream_of(settings: Settings, processes: Processes) -> Stream:
     )
 
 
-def held_out(settings: Settings, stream: Stream) -> Validation:
-    """The pictures to validate on: a folder's, or fixed crops of the training pictures."""
+def held_out(settings: Settings, stream: Stream | None) -> Validation:
+    """The pictures to validate on: a folder's, or fixed crops of the training pictures (stream)."""
     niqe = Niqe(Path(settings.niqe)) if settings.niqe else None
     if settings.validate:
-        return Validation.from_folders(settings.validate, settings.originals or None, niqe)
-    batch = stream.fixed(HELD_OUT)
-    return Validation.from_batch(batch.lr, batch.hr, niqe)
+        found = Validation.from_folders(settings.validate, settings.originals or None, niqe)
+    else:
+        batch = stream.fixed(HELD_OUT)
+        found = Validation.from_batch(batch.lr, batch.hr, niqe)
+    found.check(settings.scale)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

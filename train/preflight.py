@@ -235,6 +235,13 @@ def check_disk(table: Table, settings: Settings, out: Path) -> None:
     table.add("disk", f"{memory.gib(free)} free", f"{memory.gib(need)} needed: {note}", wrong)
 
 
+def check_validation(table: Table, s: cida.Settings) -> None:
+    """The folder that stage 2 validates on, where one is given."""
+    found = cida.held_out(s, None)
+    known = sum(clean is not None for clean in found.clean)
+    table.add("validation", f"{len(found.damaged)} pictures", f"{known} with an original")
+
+
 def peak() -> float:
     """GiB that this process has taken at most, or the card where there is one."""
     if torch.cuda.is_available():
@@ -326,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.check("machine", lambda: check_machine(table, processes))
     table.check("codecs", lambda: check_codecs(table, s))
     table.check("data", lambda: check_data(table, s))
+    if own.stage == "cida" and s.validate:
+        table.check("validation", lambda: check_validation(table, s))
     plan = plan_of_stage1 if own.stage == "repa" else plan_of_stage2
     planned: list[str] = []
     table.check("plan", lambda: planned.append(plan(s)))

@@ -21,6 +21,11 @@ FEATURES = 36
 _gamma = np.vectorize(math.gamma, otypes=[float])
 
 
+def fits(height: int, width: int) -> bool:
+    """Whether a picture holds the two blocks that a covariance needs."""
+    return (height // BLOCK) * (width // BLOCK) >= 2
+
+
 class Niqe:
     """Callable: uint8 h w 3 -> score, or None where two blocks of 96 don't fit."""
 
@@ -54,10 +59,10 @@ class Niqe:
         )  # fmt: skip
 
     def __call__(self, rgb: np.ndarray) -> float | None:
+        if not fits(*rgb.shape[:2]):
+            return None
         y = np.round(luma(rgb))
         rows, columns = y.shape[0] // BLOCK, y.shape[1] // BLOCK
-        if rows * columns < 2:  # a covariance needs two blocks
-            return None
         y = y[: rows * BLOCK, : columns * BLOCK]
         features = np.concatenate(
             (self._features(y, BLOCK), self._features(_half(y), BLOCK // 2)), axis=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from gendr.model import GenDR
 from train.evaluation import metrics, testset
 from train.evaluation.methods import read_rgb, rgb8
-from train.evaluation.niqe import Niqe
+from train.evaluation.niqe import BLOCK, Niqe, fits
+from train.evaluation.testset import InputError
 from train.sheets import eight_bit, write_sheet
 
 # Pictures on a sheet, and what is shown of each, pixels.
@@ -50,6 +52,33 @@ class Validation:
     def from_batch(cls, lr: Tensor, hr: Tensor, niqe: Niqe | None = None) -> Validation:
         """Of training pictures, b 3 h w in [-1, 1]."""
         return cls(eight_bit(lr), eight_bit(hr), niqe)
+
+    def check(self, scale: float) -> None:
+        """InputError where NIQE is wanted and no result is large enough for it; a warning where some
+        aren't. scale: of pictures without an original.
+        """
+        if self.niqe is None:
+            return
+        sizes = [
+            tuple(round(side * scale) for side in damaged.shape[:2])
+            if clean is None
+            else clean.shape[:2]
+            for damaged, clean in zip(self.damaged, self.clean, strict=True)
+        ]
+        small = [size for size in sizes if not fits(*size)]
+        if len(small) == len(sizes):
+            height, width = max(sizes, key=lambda size: size[0] * size[1])
+            raise InputError(
+                f"NIQE needs results that hold two blocks of {BLOCK} px, and the largest to validate "
+                f"on has {width}x{height}: give larger pictures (--validate, --originals) or leave "
+                "--niqe out"
+            )
+        if small:
+            warnings.warn(
+                f"NIQE is measured on {len(sizes) - len(small)} of {len(sizes)} pictures: the others "
+                f"don't hold two blocks of {BLOCK} px",
+                stacklevel=2,
+            )
 
     def scores(self, model: GenDR, sheet: Path | None = None) -> dict[str, float]:
         """Means over the pictures of psnr, ssim, sharp (against the original), lr_psnr and niqe.
