@@ -11,8 +11,9 @@ from torch import nn
 
 from train.tiny.adversary import Adversary, Discriminator, FeatureDiscriminator, balanced
 from train.tiny.perceptual import SHIFTS, Perceptual, efficientnet_lite0, place, window
+from train.tiny.recorded import SIGHTS, Recorded, cosine
 from train.tiny.settings import Settings
-from train.tiny.step import Objective
+from train.tiny.step import Objective, Taken
 
 
 @pytest.fixture
@@ -236,3 +237,25 @@ def test_a_step_waits_for_nothing_and_brings_nothing_to_the_device(distance):
         objective.take(prepared, "pulling")
     assert not {name for name in names if "local_scalar" in name or "lift_fresh" in name}
     assert len(names) > 100
+
+
+def test_gradients_are_compared_where_either_step_has_them():
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])
+    assert cosine([a, None], [2 * a, None]) == pytest.approx(1)
+    assert cosine([a, None], [b, None]) == pytest.approx(0.96)
+    assert cosine([a, b], [a, None]) == pytest.approx(0.5**0.5)
+
+
+def test_a_cpu_launches_every_step():
+    weight = nn.Parameter(torch.ones(3))
+
+    def take(batch, phase):
+        loss = (weight * batch["hr"]).sum()
+        loss.backward()
+        return Taken(loss.detach(), loss.detach(), {})
+
+    recorded = Recorded(take, [weight])
+    for n in range(SIGHTS + 3):
+        batch = {"hr": torch.full((3,), float(n))}
+        assert float(recorded.take(batch, "regression").loss) == 3 * n
+        assert torch.equal(weight.grad, batch["hr"])  # of this step alone

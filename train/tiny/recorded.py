@@ -1,8 +1,9 @@
 """A step's forward and backward pass as a CUDA graph: the launches once, then one.
 
-A small network on a large card spends more time launching kernels than running them (a step
-with 64 crops of 192 px takes 123 ms on an H100 whose kernels run for 73). What is recorded reads its batch where it lay when it was
-recorded, and leaves loss, terms and gradients where it left them then.
+A small network on a large card spends more time launching kernels than running them (a step with
+64 crops of 192 px takes 123 ms on an H100 whose kernels run for 73). What is recorded reads its
+batch where it lay when it was recorded, and leaves loss, terms and gradients where it left them
+then.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ class Recorded:
 
 def cosine(a: list[Tensor | None], b: list[Tensor | None]) -> float:
     """Between two lists of gradients; those that both lack are left out."""
-    a, b = ([torch.zeros(1) if t is None else t for t in ts] for ts in (a, b))
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None or y is not None]
+    a = [torch.zeros_like(y) if x is None else x for x, y in pairs]
+    b = [torch.zeros_like(x) if y is None else y for x, y in pairs]
     ab, aa, bb = (
         sum(float((x.double() * y.double()).sum()) for x, y in zip(one, other, strict=True))
         for one, other in ((a, b), (a, a), (b, b))
