@@ -610,6 +610,24 @@ def test_two_processes_share_a_folder(folder, tmp_path, tiny_checkpoint):
     assert done.returncode != 0
 
 
+def test_every_line_of_json_is_one_write(folder, tmp_path, tiny_checkpoint, monkeypatch):
+    """Without a buffer, as torchrun starts processes, two writes of one line let another's between."""
+
+    class Pipe(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            return len(text)
+
+    writes: list[str] = []
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    words = ["upscale", str(folder), "-o", str(tmp_path / "out"), "--json"]
+    cli.main([*words, "--model", str(tiny_checkpoint), "--dtype", "fp32"])
+    lines = [text for text in writes if text]
+    assert len(lines) == 4  # three pictures and the summary
+    assert all(json.loads(line) for line in lines)
+    assert all(line.endswith("\n") and line.count("\n") == 1 for line in lines)
+
+
 def test_a_team_of_one_shares_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     crew = team.join("cpu")

@@ -397,7 +397,8 @@ class Batch:
             return
         self.bar.clear()
         try:
-            print(text, flush=True)
+            # One write: of several processes on one pipe each keeps its lines whole.
+            print(f"{text}\n", end="", flush=True)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -409,7 +410,7 @@ class Batch:
         # The last place for words: where it takes none, the work goes on without them.
         try:
             self.bar.clear()
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
         except OSError:
             quiet(sys.stderr)
 
