@@ -118,8 +118,7 @@ def profiled(case: Case, path: Path) -> None:
         for _ in range(3):
             case.step()
         wait(case.device)
-    order = "cuda_time_total" if case.device.type == "cuda" else "cpu_time_total"
-    order = order.replace("cuda", "self_cuda") if case.device.type == "cuda" else order
+    order = "self_cuda_time_total" if case.device.type == "cuda" else "self_cpu_time_total"
     path.write_text(found.key_averages().table(sort_by=order, row_limit=40), encoding="utf-8")
 
 

@@ -141,6 +141,7 @@ def taught(batch: dict[str, Tensor], teacher: peers.Teacher) -> dict[str, Tensor
 
 
 def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device, which is not waited for; what lies there already stays as it is."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
